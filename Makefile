@@ -1,0 +1,55 @@
+# make demo    prepare a corpus, train on it, sample, write a report
+# make test    the whole test suite
+# make lint    ruff, mypy and the import contracts
+# make bench   the C++ sampling operator against eager and compiled PyTorch
+# make clean   remove what the other targets made
+#
+# The first target that runs makes .venv and installs into it. Variables:
+#   PYTHON=python3.12        the interpreter that .venv is made with (>= 3.11)
+#   TORCH="torch==2.13.0"    the torch requirement
+#   TORCH_INDEX_URL=...      the package index that torch comes from. Empty: pip's own setting, which on some machines
+#                            gives the CUDA build (2 GB) where no GPU is; name PyTorch's index of CPU wheels to avoid it
+#   JOBS=2                   test processes
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TORCH_INDEX_URL ?=
+JOBS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: demo test lint bench clean
+.DELETE_ON_ERROR:
+
+demo: $(STAMP)
+	$(BIN)/python -m megactx.demo
+
+# One thread for each process: two processes of two threads on two cores would wait for each other.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP)
+	$(BIN)/python bench/sampling_op.py
+
+$(STAMP): setup.py pyproject.toml $(wildcard csrc/*)
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("megactx needs Python >= 3.11; $(PYTHON) is %d.%d: set PYTHON=" % sys.version_info[:2])'
+	@test -x $(BIN)/python || { echo "making $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing $(TORCH) (once; minutes on a slow line)"
+	@$(PIP) install "setuptools>=77" wheel
+	@$(PIP) install $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) "$(TORCH)"
+	@echo "building the C++ extension and installing megactx"
+	@$(PIP) install --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf build dist out *.egg-info .benchmarks .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -f kernels/_C*.so
+	rm -rf $(VENV)

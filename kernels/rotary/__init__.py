@@ -1,0 +1,1 @@
+"""Rotary embedding with Gaussian damping: `reference` is the specification, `op` the public function."""

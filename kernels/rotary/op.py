@@ -1,0 +1,157 @@
+"""`gaussian_rope` and `gaussian_rope_`: rotate queries and keys by positions and levels of detail, without tables."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _library
+from .._runtime import check_choice, check_float, check_integer, check_like, check_shape
+from . import reference
+
+SIGMAS = ("none", "uniform", "power")
+
+
+def gaussian_rope(
+    q: Tensor,
+    k: Tensor,
+    positions: Tensor,
+    lods: Tensor | None = None,
+    *,
+    block_size: int = 32,
+    base: float = 10000.0,
+    sigma: str = "uniform",
+    lod_pairs: int = 0,
+    interleaved: bool = False,
+    conjugate: bool = False,
+    qk_norm_eps: float | None = None,
+    norm_after: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Rotary embedding (Su et al. 2021) whose pairs also shrink with the span a token stands for.
+
+    `q` [B, T, Hq, D] and `k` [B, T, Hk, D] of one float dtype, D even.  `positions` int32 or int64, [T] or [B, T],
+    anything in (-2^62, 2^62): phases are exact to 4e-7 up to 10^12.  `lods` integers of the same shape, the level of
+    detail of each token, None for all zero.  Returns rotated copies in the dtype of the inputs.
+
+    Pair j turns by `position * f_j`, f_j = base^(-2j / D), and shrinks by exp(-(s f_j)^2 / 2), where `sigma` is
+    `"none"`: s = 0, plain RoPE; `"uniform"`: s = sqrt((w^2 - 1) / 12), w = block_size^lod, the standard deviation of a
+    span of w tokens, so that single tokens are plain RoPE; `"power"`: s = w, which damps level 0 too.
+
+    `lod_pairs=m` turns the last m pairs by the level instead, undamped: `lod * base^(-i / m)`.  `interleaved` pairs
+    (2j, 2j + 1) instead of (j, j + D / 2).  `conjugate` turns the other way.  `qk_norm_eps` RMS-normalises each head
+    of q and k, without a weight, before the rotation; `norm_after` after it, which takes the damping back.
+
+    Raises `ValueError` or `TypeError` naming the argument.
+    """
+    options = _checked(
+        q,
+        k,
+        positions,
+        lods,
+        (block_size, base, sigma, lod_pairs, interleaved, conjugate, qk_norm_eps, norm_after),
+    )
+    return _ROPE(q, k, *options)
+
+
+def gaussian_rope_(
+    q: Tensor,
+    k: Tensor,
+    positions: Tensor,
+    lods: Tensor | None = None,
+    *,
+    block_size: int = 32,
+    base: float = 10000.0,
+    sigma: str = "uniform",
+    lod_pairs: int = 0,
+    interleaved: bool = False,
+    conjugate: bool = False,
+    qk_norm_eps: float | None = None,
+    norm_after: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`gaussian_rope` in place: q and k are overwritten and returned.
+
+    Under autograd this is the copying function followed by a copy, since a damped rotation cannot be undone to get
+    the input back: it saves no memory there, and is right.
+    """
+    options = _checked(
+        q,
+        k,
+        positions,
+        lods,
+        (block_size, base, sigma, lod_pairs, interleaved, conjugate, qk_norm_eps, norm_after),
+    )
+    for name, x in (("q", q), ("k", k)):
+        if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
+            raise ValueError(f"{name} must not be expanded to be rotated in place, got strides {x.stride()}")
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        new_q, new_k = _ROPE(q, k, *options)
+        q.copy_(new_q)
+        k.copy_(new_k)
+    else:
+        _ROPE_(q, k, *options)
+    return q, k
+
+
+def _checked(
+    q: Tensor, k: Tensor, positions: Tensor, lods: Tensor | None, settings: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """Everything behind q and k, checked, in the order of the schema."""
+    block_size, base, sigma, lod_pairs, _, _, qk_norm_eps, _ = settings
+    check_float("q", q, 4)
+    check_like("k", check_float("k", k, 4), "q", q)
+    batch, length, _, head_dim = q.shape
+    if head_dim % 2:
+        raise ValueError(f"q must have an even head dimension, got shape {tuple(q.shape)}")
+    if k.shape[0] != batch or k.shape[1] != length or k.shape[3] != head_dim:
+        raise ValueError(f"k must have shape [{batch}, {length}, Hk, {head_dim}] as q, got {tuple(k.shape)}")
+    check_integer("positions", positions, (1, 2))
+    check_shape("positions", positions, (batch, length) if positions.ndim == 2 else (length,))
+    check_like("positions", positions, "q", q, dtype=False)
+    if lods is not None:
+        check_integer("lods", lods, (1, 2))
+        check_shape("lods", lods, positions.shape)
+        check_like("lods", lods, "q", q, dtype=False)
+    if block_size < 1:
+        raise ValueError(f"block_size must be >= 1, got {block_size!r}")
+    if not 0 < base < math.inf:
+        raise ValueError(f"base must be positive and finite, got {base!r}")
+    check_choice("sigma", sigma, SIGMAS)
+    if not 0 <= lod_pairs <= head_dim // 2:
+        raise ValueError(f"lod_pairs must be in [0, {head_dim // 2}], got {lod_pairs!r}")
+    if qk_norm_eps is not None and not qk_norm_eps > 0:
+        raise ValueError(f"qk_norm_eps must be None or positive, got {qk_norm_eps!r}")
+    return (positions, lods, block_size, float(base), *settings[2:])
+
+
+def _fake(q: Tensor, k: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _backward_fake(grad_q: Tensor, grad_k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return grad_q.new_empty(grad_q.shape), grad_k.new_empty(grad_k.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, positions, lods, *settings = inputs
+    normalised = settings[-2] is not None
+    ctx.save_for_backward(q if normalised else None, k if normalised else None, positions, lods)
+    ctx.settings = settings
+
+
+def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Any, ...]:
+    grads = _ROPE_BACKWARD.overload(grad_q, grad_k, *ctx.saved_tensors, *ctx.settings)
+    return (*grads, *(None,) * 10)
+
+
+_ROPE = _library.register(
+    "gaussian_rope",
+    reference=reference.gaussian_rope,
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)
+_ROPE_ = _library.register("gaussian_rope_", reference=reference.gaussian_rope_, fake=lambda q, k, *options: None)
+_ROPE_BACKWARD = _library.register(
+    "gaussian_rope_backward", reference=reference.gaussian_rope_backward, fake=_backward_fake
+)

@@ -1,0 +1,1 @@
+"""One token for each of several vocabularies: `reference` is the specification, `op` the public function."""

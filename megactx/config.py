@@ -1,0 +1,198 @@
+"""What a model is made of: frozen, validated, and small enough to travel as JSON inside every checkpoint.
+
+Nothing here imports torch, so that a config can be read, checked and printed without loading it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+Kind = Literal["categorical", "numeric"]
+Activation = Literal["gelu", "relu2", "silu", "swiglu"]
+Position = Literal["simple", "learned", "none"]
+
+
+def _check_int(field: str, value: object, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{field} must be an integer, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{field} must be at least {minimum}, got {value}")
+
+
+def _check_real(field: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{field} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{field} must be finite, got {value}")
+    return float(value)
+
+
+def _check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{field} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_keys(cls: type, data: Mapping[str, Any]) -> None:
+    """Refuse a field this version does not know: dropping it silently would build a different model."""
+    known = [f.name for f in dataclasses.fields(cls)]
+    for key in data:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{cls.__name__}: unknown field {key!r}{hint}")
+
+
+@dataclass(frozen=True)
+class ContextConfig:
+    """One aligned stream of symbols.
+
+    Categorical: ids in [0, vocab_size). Numeric: integer codes in the same range, which the model reads and
+    predicts as `(code - mean) / std`.
+    """
+
+    name: str
+    kind: Kind = "categorical"
+    vocab_size: int = 256
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"context name must be a non-empty string, got {self.name!r}")
+        _check_choice(f"kind of context {self.name!r}", self.kind, get_args(Kind))
+        _check_int(f"vocab_size of context {self.name!r}", self.vocab_size, 1)
+        _check_real(f"mean of context {self.name!r}", self.mean)
+        if _check_real(f"std of context {self.name!r}", self.std) <= 0:
+            raise ValueError(f"std of context {self.name!r} must be above 0, got {self.std}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain containers and scalars only."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ContextConfig:
+        """The inverse of `to_json`; ValueError names an unknown field."""
+        _check_keys(cls, data)
+        return cls(**data)
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """A pre-norm decoder over the sum of its contexts' embeddings.
+
+    `position`: "simple" is plain rotary, "learned" a table of `block_size` rows added to the embeddings, "none" leaves
+    order to the causal mask. `n_kv_head` below `n_head` groups queries (GQA). `context_weights` are the weights of the
+    per-context losses, in the order of `contexts`; they are normalised to sum to 1, None weighs all alike.
+    """
+
+    contexts: tuple[ContextConfig, ...]
+    block_size: int = 256
+    n_layer: int = 6
+    n_head: int = 6
+    n_kv_head: int | None = None
+    n_embd: int = 384
+    dropout: float = 0.0
+    activation: Activation = "gelu"
+    position: Position = "simple"
+    rope_base: float = 10000.0
+    qk_norm: bool = True
+    tie_weights: bool = True
+    norm_eps: float = 1e-6
+    numerical_mlp_hidden_dim: int = 64
+    numerical_mlp_num_layers: int = 2
+    context_weights: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "contexts", tuple(self.contexts))
+        self._check_contexts()
+        for field in ("block_size", "n_layer", "n_head", "n_embd", "numerical_mlp_hidden_dim"):
+            _check_int(field, getattr(self, field), 1)
+        _check_int("numerical_mlp_num_layers", self.numerical_mlp_num_layers, 2)
+        if self.n_kv_head is not None:
+            _check_int("n_kv_head", self.n_kv_head, 1)
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd must be a multiple of n_head, got {self.n_embd} and {self.n_head}")
+        if self.n_head % self.kv_heads:
+            raise ValueError(f"n_head must be a multiple of n_kv_head, got {self.n_head} and {self.n_kv_head}")
+        _check_choice("activation", self.activation, get_args(Activation))
+        _check_choice("position", self.position, get_args(Position))
+        if self.head_dim % 2:
+            raise ValueError(f"n_embd / n_head must be even, got {self.n_embd} / {self.n_head} = {self.head_dim}")
+        if not 0 <= _check_real("dropout", self.dropout) < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        for field in ("rope_base", "norm_eps"):
+            if _check_real(field, getattr(self, field)) <= 0:
+                raise ValueError(f"{field} must be above 0, got {getattr(self, field)}")
+        for field in ("qk_norm", "tie_weights"):
+            if not isinstance(getattr(self, field), bool):
+                raise TypeError(f"{field} must be True or False, got {getattr(self, field)!r}")
+
+    def _check_contexts(self) -> None:
+        if not self.contexts:
+            raise ValueError("contexts must name at least one context, got none")
+        seen: set[str] = set()
+        for context in self.contexts:
+            if not isinstance(context, ContextConfig):
+                raise TypeError(f"contexts must hold ContextConfig, got {type(context).__name__}")
+            if context.name in seen:
+                raise ValueError(f"contexts must have different names, got {context.name!r} twice")
+            seen.add(context.name)
+        if self.context_weights is None:
+            return
+        weights = tuple(_check_real("context_weights", w) for w in self.context_weights)
+        if len(weights) != len(self.contexts):
+            raise ValueError(f"context_weights needs {len(self.contexts)} values, one per context, got {len(weights)}")
+        if min(weights) < 0 or sum(weights) <= 0:
+            raise ValueError(f"context_weights must be >= 0 and not all 0, got {list(weights)}")
+        object.__setattr__(self, "context_weights", weights)
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads: `n_kv_head`, or `n_head` where it is None."""
+        return self.n_head if self.n_kv_head is None else self.n_kv_head
+
+    @property
+    def head_dim(self) -> int:
+        """Channels per attention head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Context names in the model's own order."""
+        return tuple(context.name for context in self.contexts)
+
+    @property
+    def vocab_sizes(self) -> tuple[int, ...]:
+        """Vocabulary sizes of the categorical contexts, in order: the segments of the packed logits."""
+        return tuple(c.vocab_size for c in self.contexts if c.kind == "categorical")
+
+    @property
+    def loss_weights(self) -> tuple[float, ...]:
+        """Weights of the contexts' losses, summing to 1."""
+        weights = self.context_weights or (1.0,) * len(self.contexts)
+        total = sum(weights)
+        return tuple(w / total for w in weights)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain containers and scalars only, as a checkpoint embeds it."""
+        data = dataclasses.asdict(self)
+        data["contexts"] = [context.to_json() for context in self.contexts]
+        data["context_weights"] = None if self.context_weights is None else list(self.context_weights)
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> GPTConfig:
+        """The inverse of `to_json`; ValueError names an unknown or missing field."""
+        _check_keys(cls, data)
+        if "contexts" not in data:
+            raise ValueError("GPTConfig: field 'contexts' is missing")
+        fields = dict(data)
+        fields["contexts"] = tuple(ContextConfig.from_json(c) for c in data["contexts"])
+        if fields.get("context_weights") is not None:
+            fields["context_weights"] = tuple(fields["context_weights"])
+        return cls(**fields)

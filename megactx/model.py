@@ -1,0 +1,307 @@
+"""The multi-context GPT: one decoder that reads C aligned streams at once and predicts the next symbol of each.
+
+The embeddings of a position's symbols are summed, the blocks see one residual stream, and every context has its own
+segment of the head. With one categorical context this is an ordinary GPT, number for number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megactx.config import GPTConfig
+from megactx.kernels import mtp_cross_entropy
+from megactx.nn.attention import CausalSelfAttention
+from megactx.nn.embedding import NumericEmbedding, NumericHead, PackedEmbedding, PackedHead
+from megactx.nn.mlp import MLP
+from megactx.nn.norm import RMSNorm
+
+Tokens = Mapping[str, Tensor] | Sequence[Tensor] | Tensor
+IGNORE_INDEX = -1
+
+
+class GPTOutput(NamedTuple):
+    """What a forward pass gives.
+
+    `logits`: per context name, `[B, T, V_c]` for categorical contexts and the standardised prediction `[B, T]` for
+    numeric ones (T = 1 where only the last position was asked for). `loss`: float32 scalar, None without targets.
+    `context_losses`: float32 `[C]` in the config's order, detached; nats for categorical contexts, squared standard
+    deviations for numeric ones.
+    """
+
+    logits: dict[str, Tensor]
+    loss: Tensor | None
+    context_losses: Tensor | None
+
+
+class Block(nn.Module):
+    """Pre-norm: `x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.attention = CausalSelfAttention(
+            config.n_embd,
+            config.n_head,
+            config.n_kv_head,
+            rotary=config.position == "simple",
+            rope_base=config.rope_base,
+            qk_norm=config.qk_norm,
+            norm_eps=config.norm_eps,
+            dropout=config.dropout,
+        )
+        self.mlp_norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = MLP(config.n_embd, config.activation, config.dropout)
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), positions)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class GPT(nn.Module):
+    """A decoder over the contexts of `config`. See `forward` for the three ways to hand it tokens."""
+
+    limits: Tensor
+    categorical_index: Tensor
+    numeric_index: Tensor
+    numeric_scales: Tensor
+    position_embedding: nn.Parameter | None
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        kinds = [context.kind for context in config.contexts]
+        self.categorical = [i for i, kind in enumerate(kinds) if kind == "categorical"]
+        self.numeric = [i for i, kind in enumerate(kinds) if kind == "numeric"]
+        numeric = self.numeric
+        hidden, layers = config.numerical_mlp_hidden_dim, config.numerical_mlp_num_layers
+
+        self.embedding = PackedEmbedding(config.vocab_sizes, config.n_embd) if self.categorical else None
+        self.numeric_embedding = NumericEmbedding(len(numeric), config.n_embd, hidden, layers) if numeric else None
+        learned = config.position == "learned"
+        self.position_embedding = nn.Parameter(torch.empty(config.block_size, config.n_embd)) if learned else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        # Tied weights have no second module, so that a state dict holds the table once.
+        separate = self.categorical and not config.tie_weights
+        self.head = PackedHead(config.vocab_sizes, config.n_embd) if separate else None
+        self.numeric_head = NumericHead(len(numeric), config.n_embd, hidden, layers) if numeric else None
+
+        self._register_constants()
+        self._init_weights()
+
+    def _register_constants(self) -> None:
+        """Small facts about the contexts, kept on the model's device: built in `forward` they would stall a GPU."""
+        contexts, weights = self.config.contexts, self.config.loss_weights
+        scales = [[contexts[i].mean, contexts[i].std, weights[i]] for i in self.numeric]
+        constants = {
+            "limits": torch.tensor([context.vocab_size for context in contexts]),
+            "categorical_index": torch.tensor(self.categorical, dtype=torch.int64),
+            "numeric_index": torch.tensor(self.numeric, dtype=torch.int64),
+            # float32 bits under an integer dtype, so that model.bfloat16() does not round a context's mean
+            "numeric_scales": torch.tensor(scales, dtype=torch.float32).reshape(-1, 3).T.contiguous().view(torch.int32),
+        }
+        for name, value in constants.items():
+            self.register_buffer(name, value, persistent=False)
+
+    def _init_weights(self) -> None:
+        """N(0, 0.02), and 1/sqrt(2L) of it where a matrix writes to the residual stream: 2L such sums then keep the
+        variance of one (GPT-2). Embeddings and numeric MLPs have set themselves up."""
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
+        for block in self.blocks:
+            for name, parameter in block.named_parameters():
+                if parameter.dim() == 2:
+                    std = residual_std if name in ("attention.out.weight", "mlp.down.weight") else 0.02
+                    nn.init.normal_(parameter, std=std)
+        if self.position_embedding is not None:
+            nn.init.normal_(self.position_embedding, std=0.02)
+
+    def forward(
+        self,
+        tokens: Tokens,
+        targets: Tokens | None = None,
+        *,
+        token_order: Sequence[str] | None = None,
+        last_only: bool | None = None,
+    ) -> GPTOutput:
+        """Predict the next symbol of every context.
+
+        `tokens`: a mapping from context name to integer `[B, T]`; or a list of such tensors with their names in
+        `token_order`; or one packed tensor `[B, T, C]`, in the config's order unless `token_order` says otherwise.
+        `targets`: the same three forms, -1 is ignored. `last_only` runs the heads on the last position alone; by
+        default exactly where there are no targets.
+
+        The loss is the weighted mean over contexts of cross-entropy (categorical) or squared error of the standardised
+        value (numeric), always in float32. ValueError: a missing, unknown or repeated context, an id outside its
+        vocabulary, no position at all, or more than `block_size` of them.
+        """
+        packed = self.pack(tokens, token_order)
+        _, length, _ = packed.shape
+        if length == 0:
+            raise ValueError("tokens must hold at least one position, got T = 0")
+        if length > self.config.block_size:
+            raise ValueError(f"tokens hold {length} positions, more than block_size = {self.config.block_size}")
+        last_only = targets is None if last_only is None else last_only
+        if last_only and targets is not None:
+            raise ValueError("last_only must not be True when targets are given: the loss needs every position")
+        self.check_ids(packed)
+
+        x = self.hidden(packed)
+        x = self.norm(x[:, -1:] if last_only else x)
+        weight = self.head_weight
+        flat = None if weight is None else F.linear(x, weight)
+        scaled = None if self.numeric_head is None else self.numeric_head(x)
+        logits = dict(self._named(flat, scaled))
+        if targets is None:
+            return GPTOutput(logits, None, None)
+        loss, context_losses = self._loss(flat, scaled, self.pack(targets, token_order, "targets"), packed)
+        return GPTOutput(logits, loss, context_losses)
+
+    @property
+    def head_weight(self) -> Tensor | None:
+        """The packed head `[sum of vocabularies, E]`: the embedding table where tied, None without categorical ones."""
+        if self.head is not None:
+            return self.head.weight
+        return None if self.embedding is None else self.embedding.weight
+
+    def hidden(self, packed: Tensor) -> Tensor:
+        """The residual stream after the last block, before the final norm: `[B, T, C]` checked ids to `[B, T, E]`."""
+        x = self.embed(packed)
+        positions = torch.arange(packed.shape[1], device=packed.device)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding[: packed.shape[1]]
+        x = F.dropout(x, self.config.dropout, self.training)
+        for block in self.blocks:
+            x = block(x, positions)
+        return x
+
+    def embed(self, packed: Tensor) -> Tensor:
+        """The sum of all contexts' embeddings, `[B, T, C]` ids to `[B, T, E]`."""
+        if self.numeric_embedding is None:
+            assert self.embedding is not None  # a config has at least one context
+            return self.embedding(packed)
+        values = self.numeric_embedding(self.standardise(packed.index_select(-1, self.numeric_index)))
+        if self.embedding is None:
+            return values
+        return self.embedding(packed.index_select(-1, self.categorical_index)) + values
+
+    def standardise(self, codes: Tensor) -> Tensor:
+        """Integer codes `[..., numeric contexts]` to float32 `(code - mean) / std`."""
+        mean, std, _ = self.numeric_scales.view(torch.float32)
+        return (codes - mean) / std
+
+    def to_codes(self, values: Tensor) -> Tensor:
+        """The inverse of `standardise` on predictions: rounded, and clamped to each context's recorded range."""
+        mean, std, _ = self.numeric_scales.view(torch.float32)
+        codes = torch.addcmul(mean, values, std).round().long()
+        return codes.clamp(min=0).minimum(self.limits.index_select(0, self.numeric_index) - 1)
+
+    def pack(self, tokens: Tokens, token_order: Sequence[str] | None = None, argument: str = "tokens") -> Tensor:
+        """Any of the three forms to one int64 `[B, T, C]` in the config's order; names decide, never positions."""
+        names = self.config.names
+        if isinstance(tokens, Tensor):
+            if tokens.dim() != 3 or tokens.shape[-1] != len(names):
+                raise ValueError(f"{argument} must be [B, T, {len(names)}], got {list(tokens.shape)}")
+            _check_integer(argument, tokens)
+            if token_order is None or tuple(token_order) == names:
+                return tokens.long()
+            self._check_names(argument, token_order)
+            by_name = dict(zip(token_order, tokens.unbind(-1), strict=True))
+            return torch.stack([by_name[name] for name in names], dim=-1).long()
+        if isinstance(tokens, Mapping):
+            by_name = dict(tokens)
+            self._check_names(argument, list(by_name))
+        else:
+            if token_order is None:
+                raise ValueError(f"{argument} given as a list need token_order, the names of its contexts")
+            if len(tokens) != len(token_order):
+                raise ValueError(f"{argument} hold {len(tokens)} tensors, but token_order {len(token_order)} names")
+            self._check_names(argument, token_order)
+            by_name = dict(zip(token_order, tokens, strict=True))
+        first = by_name[names[0]]
+        for name in names:
+            stream = by_name[name]
+            _check_integer(f"{argument} of context {name!r}", stream)
+            if stream.dim() != 2 or stream.shape != first.shape:
+                raise ValueError(
+                    f"{argument} of all contexts must be [B, T] alike: "
+                    f"{names[0]!r} is {list(first.shape)}, {name!r} is {list(stream.shape)}"
+                )
+        return torch.stack([by_name[name] for name in names], dim=-1).long()
+
+    def _check_names(self, argument: str, given: Sequence[str]) -> None:
+        names = self.config.names
+        for name in given:
+            if name not in names:
+                raise ValueError(f"{argument}: unknown context {name!r}, the model has {', '.join(names)}")
+        for name in names:
+            if name not in given:
+                raise ValueError(f"{argument}: context {name!r} is missing")
+        if len(given) != len(names):
+            twice = next(name for name in given if list(given).count(name) > 1)
+            raise ValueError(f"{argument}: context {twice!r} is given twice")
+
+    def check_ids(self, packed: Tensor) -> None:
+        """Refuse an id outside its own vocabulary: in a packed table it would quietly read the next context's rows.
+
+        On the CPU the answer is there at once and the error says where. On a GPU asking would stall the queue, and
+        inside a compiled graph it would break it: there a device-side assertion is queued instead.
+        """
+        bad = (packed < 0) | (packed >= self.limits)
+        if torch.compiler.is_compiling() or packed.device.type != "cpu":
+            sizes = ", ".join(f"{c.name!r}: {c.vocab_size}" for c in self.config.contexts)
+            torch._assert_async(~bad.any(), f"tokens hold an id outside its context's vocabulary ({sizes})")
+        elif bad.any():
+            row, position, index = bad.nonzero()[0].tolist()
+            context = self.config.contexts[index]
+            raise ValueError(
+                f"context {context.name!r}: id {int(packed[row, position, index])} at row {row}, position {position} "
+                f"is outside its vocabulary of {context.vocab_size}"
+            )
+
+    def _named(self, flat: Tensor | None, scaled: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+        """Views of the packed outputs under the contexts' names, in the config's order."""
+        segments = iter(() if flat is None else flat.split(self.config.vocab_sizes, dim=-1))
+        values = iter(() if scaled is None else scaled.unbind(-1))
+        for context in self.config.contexts:
+            yield context.name, next(segments if context.kind == "categorical" else values)
+
+    def _loss(
+        self, flat: Tensor | None, scaled: Tensor | None, targets: Tensor, packed: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The weighted mean of the contexts' losses, and those losses one by one."""
+        if targets.shape != packed.shape:
+            raise ValueError(f"targets must have the shape of tokens {list(packed.shape)}, got {list(targets.shape)}")
+        weights = self.config.loss_weights
+        total = torch.zeros((), device=packed.device)
+        losses = torch.zeros(len(weights), device=packed.device)
+        if flat is not None:
+            result = mtp_cross_entropy(
+                flat.flatten(0, 1),
+                targets.index_select(-1, self.categorical_index).flatten(0, 1).unsqueeze(-1),
+                vocab_sizes=self.config.vocab_sizes,
+                context_weights=[weights[i] for i in self.categorical],
+                ignore_index=IGNORE_INDEX,
+            )
+            total = total + result.loss
+            losses = losses.index_copy(0, self.categorical_index, result.per_step[:, 0])
+        if scaled is not None:
+            codes = targets.index_select(-1, self.numeric_index).flatten(0, 1)
+            valid = codes != IGNORE_INDEX
+            error = torch.where(valid, scaled.flatten(0, 1) - self.standardise(codes), 0.0)
+            means = error.square().sum(0) / valid.sum(0).clamp(min=1)
+            total = total + (means * self.numeric_scales.view(torch.float32)[2]).sum()
+            losses = losses.index_copy(0, self.numeric_index, means.detach())
+        return total, losses
+
+
+def _check_integer(argument: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{argument} must be a tensor of integers, got {type(tensor).__name__}")
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"{argument} must be integers, got {tensor.dtype}")

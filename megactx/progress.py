@@ -1,0 +1,96 @@
+"""The line a training run shows while it works: live on a terminal, one line per log interval elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+_LANE_COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
+
+
+def duration(seconds: float) -> str:
+    """`3725` -> `1:02:05`, `65` -> `1:05`."""
+    whole = max(0, round(seconds))
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def quantity(value: float) -> str:
+    """`48120.0` -> `48.1k`."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.1f}{unit}"
+    return f"{value:.0f}"
+
+
+class Progress:
+    """Prints rows of metrics. Use as a context manager, so that the live line is taken down before an error shows."""
+
+    def __init__(self, max_steps: int, max_seconds: float | None) -> None:
+        self.console = Console(stderr=False, highlight=False, soft_wrap=True)
+        self.max_steps, self.max_seconds = max_steps, max_seconds
+        self._started = time.monotonic()
+        self._live = Live(console=self.console, refresh_per_second=4) if self.console.is_terminal else None
+
+    def __enter__(self) -> Progress:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+        sys.stdout.flush()
+
+    def note(self, text: str) -> None:
+        self.console.print(Text(text))
+
+    def show(self, row: dict[str, Any]) -> None:
+        """One row of training metrics: `step`, `loss`, `losses`, `lr`, `grad_norm`, `ms`, `tokens_per_second`."""
+        line = self._line(row)
+        if self._live:
+            self._live.update(line)
+        else:
+            self.console.print(line)
+
+    def _line(self, row: dict[str, Any]) -> Text:
+        line = Text(no_wrap=True, overflow="ellipsis")
+        line.append(f"step {row['step']}/{self.max_steps}", style="bold")
+        line.append(f" | loss {row['loss']:.4f} |")
+        for index, (name, value) in enumerate(row["losses"].items()):
+            line.append(f" {name} ", style="dim").append(f"{value:.3f}", style=_LANE_COLOURS[index % 6])
+        line.append(f" | lr {row['lr']:.1e} | norm {row['grad_norm']:.2f} | {row['ms']:.0f} ms | ")
+        line.append(f"{quantity(row['tokens_per_second'])} tok/s", style="bold")
+        line.append(f" | eta {duration(self._remaining(row))}")
+        return line
+
+    def _remaining(self, row: dict[str, Any]) -> float:
+        by_steps = (self.max_steps - row["step"]) * row["ms"] / 1e3
+        if self.max_seconds is None:
+            return by_steps
+        return min(by_steps, self.max_seconds - (time.monotonic() - self._started))
+
+    def evaluation(self, row: dict[str, Any], yardsticks: dict[str, dict[str, float]]) -> None:
+        """Losses per context beside the entropies that `prepare` computed; numeric contexts beside their variance."""
+        table = Table(title=f"evaluation at step {row['step']}", title_justify="left", title_style="bold")
+        table.add_column("context")
+        for name in ("train", "val", "val bits", "unigram", "bigram"):
+            table.add_column(name, justify="right")
+        for name, value in row["val"].items():
+            marks = yardsticks[name]
+            numeric = "variance" in marks
+            table.add_row(
+                name,
+                f"{row['train'][name]:.4f}",
+                Text(f"{value:.4f}", style="green" if value < min(marks.values()) else ""),
+                "-" if numeric else f"{value / 0.6931471805599453:.3f}",
+                f"{marks['variance']:.4f} (variance)" if numeric else f"{marks['unigram']:.4f}",
+                "-" if numeric else f"{marks['bigram']:.4f}",
+            )
+        self.console.print(table)

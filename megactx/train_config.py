@@ -1,0 +1,198 @@
+"""Every training setting once: its flag, its default, its help, its type.
+
+The command line, `--config_file` and the settings stored in a checkpoint are all views of this dataclass, so a name
+that is not a field here is refused wherever it turns up. Precedence, weakest first: the defaults below, the settings
+of the run being resumed, the config file, the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import tomllib
+from dataclasses import Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from megactx.errors import MegactxError
+
+_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+
+
+def parse_bool(text: str) -> bool:
+    """`--flag`, `--flag=true` and `--flag=False` all mean what they say."""
+    if text.lower() in _TRUE:
+        return True
+    if text.lower() in _FALSE:
+        return False
+    raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+
+
+def _flag(default: Any, group: str, text: str, kind: Any = str, **extra: Any) -> Any:
+    metadata = {"group": group, "help": text, "type": kind, **extra}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class TrainConfig:
+    """Settings of `megactx train`. Names and most defaults are those of the nanoGPT family."""
+
+    dataset: str | None = _flag(None, "data", "bundle folder written by `megactx prepare`")
+    multicontext_datasets: list[str] | None = _flag(
+        None, "data", "context folders to train on, or, with --dataset, names of contexts of that bundle", nargs="+"
+    )
+    training_mode: str = _flag(
+        "multicontext", "data", "multicontext: all contexts; single: only the first", choices=("multicontext", "single")
+    )
+    numerical_multicontext: bool = _flag(False, "data", "treat every context as numeric", bool)
+    context_weights: list[str] | None = _flag(
+        None, "data", "loss weights, one per context or NAME=WEIGHT; relative (default: all equal)", nargs="+"
+    )
+    block_size: int = _flag(256, "data", "window length in tokens", int)
+    batch_size: int = _flag(64, "data", "windows per micro-batch", int)
+    gradient_accumulation_steps: int = _flag(1, "data", "micro-batches per update", int)
+
+    n_layer: int = _flag(6, "model", "transformer blocks", int)
+    n_head: int = _flag(6, "model", "query heads", int)
+    n_kv_head: int | None = _flag(None, "model", "key/value heads (default: n_head)", int)
+    n_embd: int = _flag(384, "model", "width", int)
+    dropout: float = _flag(0.0, "model", "dropout probability", float)
+    activation: str = _flag("gelu", "model", "MLP activation", choices=("gelu", "relu2", "silu", "swiglu"))
+    position: str = _flag("simple", "model", "simple: rotary; learned; none", choices=("simple", "learned", "none"))
+    rope_base: float = _flag(10000.0, "model", "base of the rotary frequencies", float)
+    qk_norm: bool = _flag(True, "model", "RMS-normalise queries and keys", bool)
+    tie_weights: bool = _flag(True, "model", "share the embedding table with the head", bool)
+    numerical_mlp_hidden_dim: int = _flag(64, "model", "hidden width of the numeric contexts' MLPs", int)
+    numerical_mlp_num_layers: int = _flag(2, "model", "hidden layers of the numeric contexts' MLPs", int)
+
+    max_iters: int = _flag(5000, "schedule", "updates in all", int)
+    max_minutes: float | None = _flag(None, "schedule", "stop (and save) after this much time", float)
+    learning_rate: float = _flag(1e-3, "schedule", "peak learning rate of AdamW", float)
+    min_lr: float | None = _flag(None, "schedule", "final learning rate (default: a tenth of the peak)", float)
+    warmup_iters: int = _flag(100, "schedule", "linear warm-up, in updates", int)
+    lr_decay_iters: int | None = _flag(None, "schedule", "end of the cosine (default: max_iters)", int)
+    optimizer: str = _flag(
+        "adamw", "schedule", "muon: Muon on the blocks' matrices, AdamW on the rest", choices=("adamw", "muon")
+    )
+    muon_learning_rate: float = _flag(0.02, "schedule", "peak learning rate of Muon", float)
+    weight_decay: float = _flag(0.1, "schedule", "decoupled weight decay of matrices", float)
+    beta1: float = _flag(0.9, "schedule", "AdamW's first beta", float)
+    beta2: float = _flag(0.99, "schedule", "AdamW's second beta", float)
+    grad_clip: float = _flag(1.0, "schedule", "clip the gradient norm here (0: never)", float)
+
+    out_dir: str = _flag("out", "run", "folder of checkpoints, metrics and report")
+    init_from: str = _flag(
+        "auto",
+        "run",
+        "auto: resume when out_dir has a checkpoint; resume: it must; scratch: it must not",
+        choices=("auto", "resume", "scratch"),
+    )
+    eval_interval: int = _flag(250, "run", "updates between evaluations", int)
+    eval_iters: int = _flag(20, "run", "batches per split in an evaluation", int)
+    save_interval: int | None = _flag(None, "run", "updates between checkpoints (default: eval_interval)", int)
+    keep_checkpoints: int = _flag(2, "run", "newest checkpoints to keep, at least 2", int)
+    log_interval: int = _flag(10, "run", "updates between metric rows", int)
+    sample_tokens: int = _flag(256, "run", "tokens of the sample drawn for the report (0: none)", int)
+    seed: int = _flag(1337, "run", "seed of initialisation, windows and dropout", int)
+    device: str = _flag("auto", "run", "auto, cpu, cuda or cuda:N")
+    dtype: str = _flag(
+        "auto", "run", "auto: bfloat16 autocast on CUDA, float32 elsewhere", choices=("auto", "float32", "bfloat16")
+    )
+    compile: bool = _flag(False, "run", "torch.compile the model", bool)
+    report: bool = _flag(True, "run", "write report.html and losses.png at the end", bool)
+    tensorboard_log: bool = _flag(False, "run", "also log to TensorBoard (extra: tensorboard)", bool)
+    wandb_log: bool = _flag(False, "run", "also log to Weights & Biases (extra: wandb)", bool)
+    wandb_project: str = _flag("megactx", "run", "Weights & Biases project")
+    wandb_run_name: str | None = _flag(None, "run", "Weights & Biases run name")
+
+    def __post_init__(self) -> None:
+        positive = (
+            "block_size batch_size gradient_accumulation_steps n_layer n_head n_embd max_iters learning_rate "
+            "muon_learning_rate eval_interval eval_iters log_interval"
+        )
+        for name in positive.split():
+            if not getattr(self, name) > 0:
+                raise MegactxError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+        for name in ("warmup_iters", "weight_decay", "grad_clip", "sample_tokens"):
+            if not getattr(self, name) >= 0:
+                raise MegactxError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
+        for name in ("beta1", "beta2", "dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise MegactxError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
+        for name in ("max_minutes", "min_lr", "lr_decay_iters", "save_interval"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise MegactxError(f"{name}: expected a number above 0, got {value}")
+        if self.keep_checkpoints < 2:
+            raise MegactxError(f"keep_checkpoints: expected at least 2, got {self.keep_checkpoints}")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """One argument per field. Nothing has an argparse default: the namespace holds just what the user typed."""
+    groups: dict[str, Any] = {}
+    for item in fields(TrainConfig):
+        meta = item.metadata
+        if meta["group"] not in groups:
+            groups[meta["group"]] = parser.add_argument_group(meta["group"])
+        options: dict[str, Any] = {"help": _help_text(item), "default": argparse.SUPPRESS}
+        if meta["type"] is bool:
+            options |= {"nargs": "?", "const": True, "type": parse_bool, "metavar": "BOOL"}
+        else:
+            options |= {"type": meta["type"]} | {key: meta[key] for key in ("nargs", "choices") if key in meta}
+        groups[meta["group"]].add_argument(f"--{item.name}", **options)
+
+
+def _help_text(item: Field[Any]) -> str:
+    return f"{item.metadata['help']}" + (f" [{item.default}]" if item.default is not None else "")
+
+
+def read_config_file(path: str) -> dict[str, Any]:
+    """Settings from a JSON or TOML file.
+
+    Raises:
+        MegactxError: the file cannot be read, or has a field that is not a setting (the nearest one is named).
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+        values = tomllib.loads(text) if file.suffix == ".toml" else json.loads(text)
+    except OSError as error:
+        raise MegactxError(f"config_file: cannot read {path!r}: {error.strerror}") from None
+    except ValueError as error:
+        raise MegactxError(f"config_file: {path!r} is not valid {file.suffix or 'JSON'}: {error}") from None
+    if not isinstance(values, dict):
+        raise MegactxError(f"config_file: expected an object of settings in {path!r}, got {type(values).__name__}")
+    return {name: _checked(name, value, path) for name, value in values.items()}
+
+
+def _checked(name: str, value: Any, source: str) -> Any:
+    """`value` as the field's type; the same strictness as on the command line."""
+    known = {item.name: item for item in fields(TrainConfig)}
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise MegactxError(f"config_file: {source!r} has the unknown field {name!r}{hint}")
+    meta = known[name].metadata
+    if value is None and known[name].default is None:
+        return None
+    wanted = list if "nargs" in meta else meta["type"]
+    accepted = (int, float) if wanted is float else wanted
+    if not isinstance(value, accepted) or (isinstance(value, bool) and wanted is not bool):
+        raise MegactxError(f"config_file: {name}: expected {wanted.__name__}, got {value!r}")
+    if "choices" in meta and value not in meta["choices"]:
+        raise MegactxError(f"config_file: {name}: expected one of {', '.join(meta['choices'])}, got {value!r}")
+    if wanted is list:
+        return [str(entry) for entry in value]
+    return wanted(value)
+
+
+def resolve(typed: dict[str, Any], file: dict[str, Any], saved: dict[str, Any]) -> TrainConfig:
+    """The settings of a run; see the module's first paragraph for the precedence."""
+    known = {item.name for item in fields(TrainConfig)}
+    return TrainConfig(**({k: v for k, v in saved.items() if k in known} | file | typed))

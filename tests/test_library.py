@@ -1,0 +1,224 @@
+"""The operator table: every operator is registered properly, compiles to one graph, and the backend choice is kept."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from megactx import kernels
+from megactx.kernels import _library
+
+ROOT = Path(__file__).resolve().parent.parent
+ROPE = (32, 10000.0, "uniform", 2, False, False, 1e-6, False)
+
+
+def _arguments(name: str, length: int = 6, *, grad: bool = False) -> tuple[Any, ...]:
+    """Valid arguments of the operator `name`, with a sequence or row count of `length`."""
+    torch.manual_seed(length)
+
+    def x(*shape: int) -> Tensor:
+        return torch.randn(shape, requires_grad=grad)
+
+    q, k, v = x(2, length, 4, 8), x(2, length, 2, 8), x(2, length, 2, 8)
+    positions, lods = torch.arange(length) * 1000, torch.arange(length) % 3
+    mask = torch.rand(2, length) > 0.3
+    alibi = (positions, positions, kernels.alibi_slopes(4), x(4), True, mask, 0.3)
+    targets = torch.randint(-1, 5, (length, 2, 3))
+    mtp = ([5, 7], torch.tensor([1.0, 0.5, 0.25]), torch.tensor([0.5, 0.5]), -1, "mean", 3.0, 0.1, 0.01)
+    logits, hidden, weight, bias = x(length, 12), x(length, 4), x(12, 4), x(12)
+    if name == "gaussian_rope":
+        return (q, k, positions, lods, *ROPE)
+    if name == "gaussian_rope_":
+        return (q.detach(), k.detach(), positions, lods, *ROPE)
+    if name == "gaussian_rope_backward":
+        return (torch.randn_like(q), torch.randn_like(k), q, k, positions, lods, *ROPE)
+    if name == "alibi_attention":
+        return (q, k, v, *alibi)
+    if name == "alibi_attention_backward":
+        out, lse = torch.ops.megactx.alibi_attention(q, k, v, *alibi)
+        return (torch.randn_like(q), q, k, v, out, lse, *alibi)
+    if name == "gist_attention":
+        return (q, k, v, mask, True, 0.3)
+    if name == "gist_attention_backward":
+        return (torch.randn_like(q), q, k, v, mask, True, 0.3)
+    if name == "sample_contexts":
+        knobs = [torch.full((length, 2), value) for value in (0.9, 3, 0.8, 0.1)]
+        return (logits.detach(), [5, 7], *knobs, torch.arange(length * 2).view(length, 2), torch.tensor(4))
+    if name == "mtp_cross_entropy":
+        return (logits, targets, *mtp)
+    if name == "mtp_cross_entropy_backward":
+        return (torch.tensor(1.5), logits, targets, torch.ops.megactx.mtp_cross_entropy(logits, targets, *mtp)[2], *mtp)
+    if name == "linear_mtp_cross_entropy":
+        return (hidden, weight, bias, targets, *mtp)
+    lse = torch.ops.megactx.linear_mtp_cross_entropy(hidden, weight, bias, targets, *mtp)[2]
+    return (torch.tensor(1.5), hidden, weight, bias, targets, lse, *mtp, True, True, True)
+
+
+kernels.backends()  # registers every family
+DIFFERENTIABLE = [name for name in _library.SCHEMAS if f"{name}_backward" in _library.SCHEMAS]
+
+
+@pytest.mark.parametrize("name", _library.SCHEMAS)
+def test_every_operator_passes_opcheck(name: str) -> None:
+    overload = getattr(torch.ops.megactx, name).default
+    torch.library.opcheck(overload, _arguments(name, grad=name in DIFFERENTIABLE))
+
+
+@pytest.mark.parametrize("name", _library.SCHEMAS)
+def test_no_rows_give_results_without_rows(name: str) -> None:
+    overload = getattr(torch.ops.megactx, name).default
+    torch.library.opcheck(overload, _arguments(name, 0), test_utils=("test_schema", "test_faketensor"))
+
+
+def _public(name: str) -> Callable[..., Any]:
+    """The public function on the inputs that `_arguments` makes, as (function, its float inputs)."""
+
+    def rope(q: Tensor, k: Tensor, positions: Tensor, lods: Tensor, *_: Any) -> Any:
+        return kernels.gaussian_rope(q, k, positions, lods, lod_pairs=2, qk_norm_eps=1e-6)
+
+    def rope_(q: Tensor, k: Tensor, positions: Tensor, lods: Tensor, *_: Any) -> Any:
+        return kernels.gaussian_rope_(q + 1, k + 1, positions, lods, sigma="power")
+
+    def alibi(q: Tensor, k: Tensor, v: Tensor, pq: Tensor, pk: Tensor, slopes: Tensor, sinks: Tensor, *_: Any) -> Any:
+        return kernels.alibi_attention(q, k, v, pq, pk, slopes, sinks=sinks)
+
+    def gist(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *_: Any) -> Any:
+        return kernels.gist_attention(q, k, v, mask)
+
+    def sample(logits: Tensor, *_: Any) -> Any:
+        seeds = torch.arange(logits.shape[0])
+        return kernels.sample_contexts(logits, (5, 7), temperature=0.7, top_k=4, top_p=0.9, seeds=seeds, step=3)
+
+    def mtp(logits: Tensor, targets: Tensor, *_: Any) -> Any:
+        return kernels.mtp_cross_entropy(logits, targets, vocab_sizes=(5, 7), step_weights=(1.0, 0.5, 0.5))
+
+    def linear(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, *_: Any) -> Any:
+        return kernels.linear_mtp_cross_entropy(
+            hidden, weight, targets, bias=bias, vocab_sizes=(5, 7), step_weights=(1.0, 0.5, 0.5), reduction="none"
+        )
+
+    return {
+        "gaussian_rope": rope,
+        "gaussian_rope_": rope_,
+        "alibi_attention": alibi,
+        "gist_attention": gist,
+        "sample_contexts": sample,
+        "mtp_cross_entropy": mtp,
+        "linear_mtp_cross_entropy": linear,
+    }[name]
+
+
+def _result_and_grads(function: Callable[..., Any], name: str, length: int) -> tuple[list[Tensor], list[Tensor]]:
+    inputs = _arguments(name, length, grad=name in DIFFERENTIABLE)
+    results = function(*inputs)
+    results = [results] if isinstance(results, Tensor) else list(results)
+    if name not in DIFFERENTIABLE:
+        return results, []
+    leaves = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+    loss = sum((r.square().sum() for r in results if r.requires_grad), torch.zeros(()))
+    return results, [g for g in torch.autograd.grad(loss, leaves, allow_unused=True) if g is not None]
+
+
+@pytest.mark.parametrize("name", [name for name in _library.SCHEMAS if not name.endswith("_backward")])
+def test_compiles_to_one_graph_over_changing_lengths(name: str) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    function = _public(name)
+    compiles_of_the_first_call = 0  # with dynamic=True dynamo may start over once to settle the Python floats
+    compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=True)
+    for length in (6, 9, 13, 31):
+        expected, expected_grads = _result_and_grads(function, name, length)
+        got, grads = _result_and_grads(compiled, name, length)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+        torch.testing.assert_close(grads, expected_grads, rtol=0, atol=0)
+        compiles_of_the_first_call = compiles_of_the_first_call or counter.frame_count
+    assert counter.frame_count == compiles_of_the_first_call
+
+
+@pytest.mark.slow
+def test_inductor_gives_the_eager_result() -> None:
+    torch._dynamo.reset()
+    for name in ("gaussian_rope", "alibi_attention", "mtp_cross_entropy"):
+        function = _public(name)
+        expected, expected_grads = _result_and_grads(function, name, 7)
+        got, grads = _result_and_grads(torch.compile(function, fullgraph=True), name, 7)
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(grads, expected_grads)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_a_second_derivative_is_refused_by_name(name: str) -> None:
+    inputs = _arguments(name, grad=True)
+    results = getattr(torch.ops.megactx, name)(*inputs)
+    result = results if isinstance(results, Tensor) else results[0]
+    leaves = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+    grads = torch.autograd.grad(result.square().sum(), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match=rf'megactx::{name}_backward has no derivative.*use_backend\("reference"\)'):
+        sum(g.square().sum() for g in grads).backward()
+
+
+def test_backends_reports_every_operator() -> None:
+    report = kernels.backends()
+    assert report.keys() == _library.SCHEMAS.keys()
+    for row in report.values():
+        assert set(row) == {"reference", "triton", "cpp"}
+        assert row["reference"] == "live"
+        assert all(row.values())
+
+
+def test_a_backend_that_is_not_live_is_refused_by_name() -> None:
+    inputs = _arguments("gist_attention")
+    live = kernels.backends()["gist_attention"]
+    for backend in ("triton", "cpp"):
+        if live[backend] == "live":
+            continue
+        message = f'backend "{backend}" cannot run megactx::gist_attention: '
+        with kernels.use_backend(backend), pytest.raises(ValueError, match=message):
+            kernels.gist_attention(*inputs[:4])
+
+
+def test_use_backend_restores_the_choice_and_refuses_unknown_names() -> None:
+    before = _library._choice
+    with pytest.raises(ZeroDivisionError), kernels.use_backend("reference"):
+        raise ZeroDivisionError
+    assert _library._choice == before
+    with pytest.raises(ValueError, match="one of auto, reference, triton, cpp, got 'cuda'"), kernels.use_backend("cuda"):
+        pass
+
+
+def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": str(ROOT), "PATH": "", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    code = "import sys, megactx.kernels as k; dir(k); assert 'torch' not in sys.modules; print(len(k.__all__))"
+    done = _python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_environment_chooses_the_backend() -> None:
+    code = "from megactx.kernels import _library; print(_library._choice)"
+    assert _python(code, MEGACTX_BACKEND="reference").stdout.strip() == "reference"
+    refused = _python(code, MEGACTX_BACKEND="fast")
+    assert "MEGACTX_BACKEND must be one of auto, reference, triton, cpp, got 'fast'" in refused.stderr
+
+
+def test_every_public_name_resolves_and_unknown_ones_do_not() -> None:
+    for name in kernels.__all__:
+        assert getattr(kernels, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'gaussian_ropes'"):
+        kernels.gaussian_ropes  # noqa: B018
