@@ -19,7 +19,7 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .PHONY: demo test lint bench clean
 .DELETE_ON_ERROR:
@@ -29,7 +29,7 @@ demo: $(STAMP)
 
 # One thread for each process: two processes of two threads on two cores would wait for each other.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -42,11 +42,13 @@ bench: $(STAMP)
 $(STAMP): setup.py pyproject.toml $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("megactx needs Python >= 3.11; $(PYTHON) is %d.%d: set PYTHON=" % sys.version_info[:2])'
 	@test -x $(BIN)/python || { echo "making $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); }
+	@test -e /dev/nvidia0 || test -n "$(TORCH_INDEX_URL)" || echo "no GPU here: TORCH_INDEX_URL can name an index of CPU builds"
 	@echo "installing $(TORCH) (once; minutes on a slow line)"
 	@$(PIP) install "setuptools>=77" wheel
 	@$(PIP) install $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) "$(TORCH)"
 	@echo "building the C++ extension and installing megactx"
 	@$(PIP) install --no-build-isolation --editable ".[dev]"
+	@ls kernels/_C*.so >/dev/null 2>&1 || echo "no C++ extension: PyTorch code runs instead (MEGACTX_BUILD_CPP=1 shows why)"
 	@touch $@
 
 clean:

@@ -126,7 +126,7 @@ setup(
     description="Train and sample small GPTs over several aligned token streams, with fused kernels underneath",
     long_description=readme.read_text(encoding="utf-8") if readme.is_file() else "",
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
     install_requires=[

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -140,7 +141,7 @@ class Decoder:
             self._offsets = segment_offsets(config.vocab_sizes).to(self.device)
             self._head_eps = torch.tensor(math.sqrt(config.norm_eps * config.head_dim), device=self.device)
             size = (config.n_layer, 2, batch_size, config.kv_heads, config.block_size, config.head_dim)
-            cache = torch.zeros(size, device=self.device)
+            cache = torch.empty(size, device=self.device)
             self._cache = _pairs(cache)
             flat = cache.flatten(2, 3)
             self._keys, self._values = flat[:, 0].transpose(-1, -2), flat[:, 1]
@@ -149,6 +150,7 @@ class Decoder:
             )
             self._q_turn, self._kv_turn = self._turns()
             self._single = _Workspace(self, 1)
+        self._at: list[Any] = [None] * config.block_size
         self._mm = torch.mm if dtype == torch.float32 else _narrow_mm
         self._addmm = torch.addmm if dtype == torch.float32 else _narrow_addmm
 
@@ -200,24 +202,35 @@ class Decoder:
         """The sum of the embeddings of `tokens` `[B, P, C]` (or `[B, C]` for one position) into the residual stream."""
         model = self.model
         if self._table is not None:
-            ids = (tokens + self._offsets).view(-1, self._offsets.shape[0])
+            ids = (tokens + self._offsets).flatten(0, -2)
             torch.sum(torch.embedding(self._table, ids), 1, out=work.x)
         else:
             work.x.copy_(model.embed(tokens.view(self.batch_size, work.length, -1)).flatten(0, 1))
         if model.position_embedding is not None:
             work.x.view(self.batch_size, work.length, -1).add_(model.position_embedding[start : start + work.length])
 
-    def _run(self, tokens: Tensor, start: int, work: _Workspace) -> tuple[Tensor | None, Tensor | None]:
-        length = work.length
+    def _views(self, start: int, length: int) -> tuple[Tensor, Tensor, list[tuple[_Layer, Tensor, Tensor, Tensor]]]:
+        """The turns of `length` positions, and per layer its weights, the cache they write and the cache they read."""
         stop = start + length
-        self._embed(tokens, start, work)
-        x = work.x
         slots = self._cache.narrow(4, start, length).unbind(0)
         keys = self._keys.narrow(3, 0, stop).unbind(0)
         values = self._values.narrow(2, 0, stop).unbind(0)
-        q_turn, kv_turn = self._q_turn.narrow(0, start, length), self._kv_turn.narrow(3, start, length)
+        layers = list(zip(self.layers, slots, keys, values, strict=True))
+        return self._q_turn.narrow(0, start, length), self._kv_turn.narrow(3, start, length), layers
+
+    def _run(self, tokens: Tensor, start: int, work: _Workspace) -> tuple[Tensor | None, Tensor | None]:
+        length = work.length
+        self._embed(tokens, start, work)
+        x = work.x
+        if length > 1:
+            q_turn, kv_turn, layers = self._views(start, length)
+        else:
+            found = self._at[start]
+            if found is None:  # every position of a window comes again in the next one
+                found = self._at[start] = self._views(start, 1)
+            q_turn, kv_turn, layers = found
         qk_norm = self.model.config.qk_norm
-        for layer, slot, k, v in zip(self.layers, slots, keys, values, strict=True):
+        for layer, slot, k, v in layers:
             self._mm(_normalise(work), layer.qkv, out=work.qkv)
             if qk_norm:
                 torch.linalg.vector_norm(work.qk, 2, -1, True, out=work.qk_norm)

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def print_summary(console: Console, bundle: Bundle) -> None:
-    source = ", ".join(f"{key} {value}" for key, value in bundle.manifest["source"].items())
+    source = ", ".join(f"{key} {value}" for key, value in bundle.manifest.get("source", {}).items())
     console.print(
         f"{bundle.path}: {bundle.length('train'):,} training and {bundle.length('val'):,} validation tokens per "
         f"context; source: {source}",

@@ -12,6 +12,7 @@ mean.
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,10 +37,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an existing bundle, once the new one is complete"
     )
-
-    source = parser.add_argument_group("where the data comes from (one of these)").add_mutually_exclusive_group(
-        required=True
+    parser.add_argument(
+        "--val_fraction",
+        type=float,
+        default=0.1,
+        metavar="F",
+        help="the last part of every context, kept for validation (default: 0.1)",
     )
+    _add_source_arguments(parser)
+    _add_text_arguments(parser.add_argument_group("text"))
+    _add_csv_arguments(parser.add_argument_group("CSV"))
+
+
+def _add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("where the data comes from (one of these)")
+    source = group.add_mutually_exclusive_group(required=True)
     source.add_argument("--input_file", nargs="+", metavar="PATH", help="text files, and folders of them (see --glob)")
     source.add_argument(
         "--source",
@@ -51,54 +63,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--from_folders",
         nargs="+",
         metavar="FOLDER",
-        help="nanoGPT-family folders (train.bin, val.bin, meta.pkl; the pickle is read, never executed), "
-        "bundles or their context sub-folders",
+        help="nanoGPT-family folders (train.bin, val.bin, meta.pkl; the pickle is read, never executed), bundles or "
+        "their context sub-folders; the split they have is kept",
+    )
+    group.add_argument(
+        "--numerical", action="store_true", help="with --from_folders: read whole-number contexts as numeric ones"
     )
 
-    text = parser.add_argument_group("text")
-    text.add_argument("--glob", default="*", metavar="PATTERN", help="which files of an input folder (default: all)")
-    text.add_argument(
+
+def _add_text_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--glob", default="*", metavar="PATTERN", help="which files of an input folder (default: all)")
+    group.add_argument(
         "--tokenizer", default="byte", help="byte, char or a tiktoken encoding such as gpt2 (default: byte)"
     )
-    text.add_argument("--main_name", default="text", metavar="NAME", help="name of the main context (default: text)")
-    text.add_argument(
+    group.add_argument("--main_name", default="text", metavar="NAME", help="name of the main context (default: text)")
+    group.add_argument(
         "--contexts",
         nargs="+",
         default=[],
         metavar="SPEC",
         help="contexts derived from the main one, as [name=]function[:arg=value,...]: " + _derivation_help(),
     )
-    text.add_argument("--max_bytes", type=int, metavar="N", help="use the first N bytes of the text only")
+    group.add_argument("--max_bytes", type=int, metavar="N", help="use the first N bytes of the text only")
 
-    table = parser.add_argument_group("CSV")
-    table.add_argument(
+
+def _add_csv_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--csv_no_header", action="store_true", help="the first row is data; columns are named column0, ..."
     )
-    table.add_argument("--csv_columns", nargs="+", metavar="COLUMN", help="the columns to use, in order (default: all)")
-    table.add_argument(
+    group.add_argument("--csv_columns", nargs="+", metavar="COLUMN", help="the columns to use, in order (default: all)")
+    group.add_argument(
         "--csv_numeric",
         nargs="+",
         default=[],
         metavar="COLUMN",
-        help="read these as real numbers (default: columns with any cell that is not a whole number)",
+        help="read these as real numbers (default: columns with a cell that is not a whole number, and whole numbers "
+        "that range over more than 65,536)",
     )
-    table.add_argument(
+    group.add_argument(
         "--csv_categorical",
         nargs="+",
         default=[],
         metavar="COLUMN",
         help="read these as categories, one per whole number of their range",
-    )
-
-    parser.add_argument(
-        "--numerical", action="store_true", help="with --from_folders: read whole-number contexts as numeric ones"
-    )
-    parser.add_argument(
-        "--val_fraction",
-        type=float,
-        default=0.1,
-        metavar="F",
-        help="the last part of every context, kept for validation (default: 0.1)",
     )
 
 
@@ -208,7 +215,7 @@ def _from_bundle(bundle: Bundle) -> tuple[list[NewContext], dict[str, Any]]:
         contexts.append(
             NewContext(info.name, info.kind, info.vocab_size, info.tokenizer, (train, val), grid, info.derived)
         )
-    return contexts, bundle.manifest["source"]
+    return contexts, bundle.manifest.get("source", {})
 
 
 def make_console() -> Console:
@@ -229,8 +236,10 @@ def context_table(bundle: Bundle) -> Table:
         if info.derived is not None:
             arguments = ", ".join(f"{key}={value}" for key, value in info.derived["args"].items())
             tokenizer = f"{info.derived['function']}({arguments})"
-        entropy = [f"{info.entropy[key]:.3f}" for key in ("unigram", "unigram_bits", "bigram", "bigram_bits")]
-        variance = f"{info.entropy['variance']:.4g}" if info.numeric else ""
+        entropy = [
+            f"{info.entropy.get(key, math.nan):.3f}" for key in ("unigram", "unigram_bits", "bigram", "bigram_bits")
+        ]
+        variance = f"{info.entropy.get('variance', math.nan):.4g}" if info.numeric else ""
         cells = (info.name, info.kind, tokenizer, f"{info.vocab_size:,}", *entropy, variance)
         table.add_row(*map(Text, cells))
     return table

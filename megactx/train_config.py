@@ -192,7 +192,11 @@ def _checked(name: str, value: Any, source: str) -> Any:
     return wanted(value)
 
 
+# What belongs to one sitting at one machine, and is not taken over when a run is resumed.
+_NOT_INHERITED = ("out_dir", "init_from", "device")
+
+
 def resolve(typed: dict[str, Any], file: dict[str, Any], saved: dict[str, Any]) -> TrainConfig:
     """The settings of a run; see the module's first paragraph for the precedence."""
-    known = {item.name for item in fields(TrainConfig)}
+    known = {item.name for item in fields(TrainConfig)}.difference(_NOT_INHERITED)
     return TrainConfig(**({k: v for k, v in saved.items() if k in known} | file | typed))

@@ -82,7 +82,7 @@ def test_names_pick_and_order(folder: Path) -> None:
     bundle = Bundle.open(folder, names=["b", "a"])
     assert [info.name for info in contexts_from_manifest(bundle.manifest_json())] == ["b", "a"]
     assert (bundle.split("val")[1] == new_context("a").arrays[1]).all()
-    with pytest.raises(MegactxError, match="no context 'c'.*a, speed, b"):
+    with pytest.raises(MegactxError, match=r"no context 'c'.*a, speed, b"):
         Bundle.open(folder, names=["c"])
     with pytest.raises(MegactxError, match="'a' is listed twice"):
         Bundle.open(folder, names=["a", "a"])
@@ -117,7 +117,10 @@ def test_an_id_outside_the_vocabulary_is_refused_when_writing(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("contexts", "message"),
     [
-        ([new_context("a"), new_context("b", tokens=(89, 10))], "'b' has 89 tokens in the train split, context 'a' has 90"),
+        (
+            [new_context("a"), new_context("b", tokens=(89, 10))],
+            "'b' has 89 tokens in the train split, context 'a' has 90",
+        ),
         ([new_context("a"), new_context("b", tokens=(90, 9))], "'b' has 9 tokens in the val split"),
         ([new_context("a"), new_context("a")], "'a' is listed twice"),
         ([new_context("a", tokens=(90, 1))], "'a': the val split has 1 tokens"),
@@ -236,7 +239,7 @@ def test_a_full_disk_leaves_the_old_bundle(folder: Path, monkeypatch: pytest.Mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(write_module, place, full)
-    with pytest.raises(MegactxError, match="cannot write the bundle .*No space left on device"):
+    with pytest.raises(MegactxError, match=r"cannot write the bundle .*No space left on device"):
         write_bundle(folder, [new_context("c")], SOURCE, overwrite=True)
     assert len(Bundle.open(folder, verify=True).contexts) == 3
     assert [path.name for path in folder.parent.iterdir()] == ["set"]
@@ -256,9 +259,7 @@ def test_the_old_bundle_comes_back_when_the_last_rename_fails(folder: Path, monk
     assert len(Bundle.open(folder, verify=True).contexts) == 3
 
 
-@pytest.mark.parametrize(
-    ("length", "fraction", "cut"), [(100, 0.1, 90), (101, 0.1, 91), (20, 0.1, 18), (4, 0.5, 2)]
-)
+@pytest.mark.parametrize(("length", "fraction", "cut"), [(100, 0.1, 90), (101, 0.1, 91), (20, 0.1, 18), (4, 0.5, 2)])
 def test_the_split_keeps_the_last_part_for_validation(length: int, fraction: float, cut: int) -> None:
     assert split_at(length, fraction) == cut
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import pickle
 import sys
@@ -36,31 +37,36 @@ def make(folder: Path, meta: Any, ids: Any = IDS, dtype: str = "<u2", protocol: 
     return folder
 
 
-plain = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary(),
-    lambda inner: (
-        st.lists(inner)
-        | st.dictionaries(st.text() | st.integers(), inner)
-        | st.tuples(inner)
-        | st.tuples(inner, inner, inner, inner)
-        | st.sets(st.integers())
-        | st.frozensets(st.text())
-    ),
-    max_leaves=20,
-)
+scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 
 
-@given(value=plain, protocol=st.sampled_from([0, 1, 2, 3, 4, 5]))
+def nested(leaves: st.SearchStrategy[Any], *more: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.recursive(
+        leaves,
+        lambda inner: st.one_of(
+            st.lists(inner),
+            st.dictionaries(st.text() | st.integers(), inner),
+            st.tuples(inner),
+            st.tuples(inner, inner, inner, inner),
+            *more,
+        ),
+        max_leaves=10,
+    )
+
+
+@given(value=nested(scalars), protocol=st.integers(0, 5))
 def test_plain_values_come_back(value: Any, protocol: int) -> None:
-    data = pickle.dumps(value, protocol)
-    try:
-        found = parse_plain_pickle(data)
-    except MegactxError as error:  # old protocols build bytes and sets by calling something
-        assert protocol < 4
-        assert "opcode" in str(error)
-    else:
-        assert found == value
-        assert repr(found) == repr(value) or protocol < 3
+    found = parse_plain_pickle(pickle.dumps(value, protocol))
+    assert found == value
+    assert type(found) is type(value)
+
+
+@given(
+    value=nested(scalars | st.binary(), st.sets(st.integers()), st.frozensets(st.text())), protocol=st.integers(4, 5)
+)
+def test_bytes_and_sets_come_back(value: Any, protocol: int) -> None:
+    """Older protocols build these by a call, and are refused."""
+    assert parse_plain_pickle(pickle.dumps(value, protocol)) == value
 
 
 def test_shared_and_long_values_come_back() -> None:
@@ -83,6 +89,7 @@ class Bomb:
 def test_a_pickle_that_runs_a_command_does_not(tmp_path: Path, protocol: int) -> None:
     sentinel = tmp_path / "sentinel"
     data = pickle.dumps({"vocab_size": 5, "x": Bomb((os.system, (f"touch {sentinel}",)))}, protocol)
+    Bundle.from_folders([make(tmp_path / "good", CHAR_META)])  # whatever has to be imported is imported
     events: list[str] = []
     watching = True
     sys.addaudithook(lambda event, args: events.append(event) if watching else None)
@@ -117,11 +124,9 @@ def test_every_other_opcode_is_refused_by_name(data: bytes, opcode: str) -> None
 
 
 @given(st.binary(max_size=40))
-def test_garbage_is_one_error(data: bytes) -> None:
-    try:
+def test_garbage_raises_nothing_else(data: bytes) -> None:
+    with contextlib.suppress(MegactxError):
         parse_plain_pickle(data)
-    except MegactxError as error:
-        assert "\n" not in str(error)
 
 
 @pytest.mark.parametrize("keep", range(0, 40, 3))
@@ -244,7 +249,7 @@ def test_the_id_type_is_decided_from_the_bytes(
         ([1, 2], "no usable vocab_size"),
         ({"vocab_size": True}, "no usable vocab_size"),
         ({"vocab_size": 6, "itos": {0: "a"}}, r"does not hold ids 0\.\.5"),
-        ({"vocab_size": 5, "itos": {i: "ab" for i in range(5)}}, "id 0 stands for 'ab'"),
+        ({"vocab_size": 5, "itos": ["ab"] * 5}, "id 0 stands for 'ab'"),
         ({"vocab_size": 5, "tokenizer": "sentencepiece"}, "'sentencepiece' that cannot be read"),
         ({"vocab_size": 9, "tokenizer": "csv_integer_range", "int_min": 0, "int_max": 9}, "do not make 9"),
         ({"vocab_size": 9, "tokenizer": "csv_quantized_int", "quantization": {"type": "log"}}, "'log'"),

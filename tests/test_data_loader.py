@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -21,9 +19,15 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     path = tmp_path_factory.mktemp("data") / "set"
     index = np.arange(TRAIN + VAL)
     contexts = [
-        NewContext(name, "categorical", size, {"kind": "integer", "minimum": 0, "maximum": size - 1}, (v[:TRAIN], v[TRAIN:]))
-        for name, size, v in (("index", TRAIN + VAL, index), ("seven", 7, index % 7))
-    ]  # fmt: skip
+        NewContext(
+            name,
+            "categorical",
+            size,
+            {"kind": "integer", "minimum": 0, "maximum": size - 1},
+            (values[:TRAIN], values[TRAIN:]),
+        )
+        for name, size, values in (("index", TRAIN + VAL, index), ("seven", 7, index % 7))
+    ]
     write_bundle(path, contexts, {"kind": "test"})
     return Bundle.open(path)
 

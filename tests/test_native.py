@@ -216,6 +216,11 @@ def test_a_draw_does_not_depend_on_its_surroundings() -> None:
 
 
 @built
+def test_opcheck() -> None:
+    torch.library.opcheck(torch.ops.megactx.sample_contexts.default, tuple(case(torch.randn(3, 40), [8, 32], top_k=5)))
+
+
+@built
 def test_frequencies_follow_the_softmax() -> None:
     rows, size = 40_000, 9
     logits = torch.linspace(-2.0, 2.0, size)

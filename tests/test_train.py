@@ -88,10 +88,13 @@ def test_resume_continues_to_the_same_bits(
 
 def test_a_resumed_run_keeps_its_settings_and_a_finished_one_changes_nothing(bundle: Path, tmp_path: Path) -> None:
     assert train(bundle, tmp_path / "run") == 0
-    before, rows = content(tmp_path / "run"), losses(tmp_path / "run")
-    assert cli.main(["train", "--out_dir", str(tmp_path / "run"), "--sample_tokens=0"]) == 0
-    assert content(tmp_path / "run")[0] == before[0] == 8
-    assert losses(tmp_path / "run") == rows
+    rows = losses(tmp_path / "run")
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    assert cli.main(["train", "--out_dir", str(moved)]) == 0
+    assert losses(moved) == rows
+    assert not (tmp_path / "run").exists()
+    assert cli.main(["train", "--out_dir", str(moved), "--max_iters=10"]) == 0
+    assert content(moved)[0] == 10
 
 
 def test_training_learns_every_context(bundle: Path, tmp_path: Path) -> None:

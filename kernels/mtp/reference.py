@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._runtime import compute_dtype
+from .._runtime import compute_dtype, constant
 
-_CHUNK_LOGITS = 1 << 21  # logits a chunk of the dense form: 8 MiB in float32, so that its passes run from cache
+_CHUNK_LOGITS = 1 << 19  # logits a chunk of the dense form: 2 MiB in float32, so that its passes run from cache
 _CHUNK_GEMM = 1 << 24  # logits a chunk of the linear form: enough rows for an efficient matrix product
 
 
@@ -64,11 +64,10 @@ def mtp_cross_entropy_backward(
 ) -> Tensor:
     """The gradient of the loss with respect to the logits, in their dtype."""
     o = Options(*options)  # type: ignore[arg-type]
-    entry_weights = _entry_weights(grad_loss, targets, o)
+    parts = _gradient_parts(grad_loss, targets, lse, o)
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     for rows in _chunks(targets.shape[0], logits.shape[1], _CHUNK_LOGITS):
-        z = logits[rows].to(entry_weights.dtype)
-        _grad_logits(z, targets[rows], lse[rows], entry_weights[rows], o, out=grad[rows])
+        _grad_logits(logits[rows].to(parts.scale.dtype), rows, parts, o, out=grad[rows])
     return grad
 
 
@@ -80,7 +79,7 @@ def linear_mtp_cross_entropy_backward(
     o = Options(*options)  # type: ignore[arg-type]
     dtype = compute_dtype(hidden.dtype)
     w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
-    entry_weights = _entry_weights(grad_loss, targets, o)
+    parts = _gradient_parts(grad_loss, targets, lse, o)
     grad_hidden = hidden.new_empty(hidden.shape if need_hidden else 0)
     grad_weight = torch.zeros(weight.shape if need_weight else 0, dtype=dtype, device=weight.device)
     grad_bias = torch.zeros(weight.shape[0] if need_bias else 0, dtype=dtype, device=weight.device)
@@ -88,7 +87,7 @@ def linear_mtp_cross_entropy_backward(
         h = hidden[rows].to(dtype)
         z = F.linear(h, w, b)
         grad = torch.empty_like(z)
-        _grad_logits(z, targets[rows], lse[rows], entry_weights[rows], o, out=grad)
+        _grad_logits(z, rows, parts, o, out=grad)
         if need_hidden:
             grad_hidden[rows] = grad @ w
         if need_weight:
@@ -116,15 +115,23 @@ def _forward(
     make_logits: Callable[[slice], Tensor], budget: int, targets: Tensor, o: Options, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_targets(targets, o)
-    entries, lses = [], []
+    inside = _inside(targets, o)
+    columns = []
     for rows in _chunks(targets.shape[0], sum(o.vocab_sizes), budget):
-        parts = [
-            _entries(z, targets[rows, context], o)
-            for context, z in enumerate(_segments(make_logits(rows), o.vocab_sizes))
-        ]
-        entries.append(torch.stack([entry for entry, _ in parts], dim=1))
-        lses.append(torch.stack([lse for _, lse in parts], dim=1))
-    entry = torch.cat(entries)  # [N, C, K], zero where ignored
+        segments = _segments(make_logits(rows), o.vocab_sizes)
+        columns.append([_columns(z, inside[rows, context], o) for context, z in enumerate(segments)])
+    # [N, C, K], [N, C] and [N, C]: all that is left of the logits
+    log_p, mean_log_p, lse = (
+        torch.cat([torch.stack([context[part] for context in chunk], dim=1) for chunk in columns]) for part in range(3)
+    )
+    entry = -log_p
+    if o.label_smoothing:
+        entry = (1 - o.label_smoothing) * entry - o.label_smoothing * mean_log_p[:, :, None]
+    if o.z_loss:
+        entry = entry + o.z_loss * lse.square()[:, :, None]
+    # A target outside the vocabulary was refused where the host can look at it.  Elsewhere it must show: NaN.
+    entry = torch.where(targets == inside, entry, torch.nan)
+    entry = torch.where(targets == o.ignore_index, 0.0, entry)
     weights = o.context_weights[:, None].to(dtype) * o.step_weights.to(dtype)
     per_step = entry.sum(0) / _counts(targets, o.ignore_index)
     if o.reduction == "none":
@@ -133,27 +140,26 @@ def _forward(
         loss = (entry.sum(0) * weights).sum()
     else:
         loss = (per_step * weights).sum()
-    return loss, per_step, torch.cat(lses)
+    return loss, per_step, lse
 
 
-def _entries(z: Tensor, targets: Tensor, o: Options) -> tuple[Tensor, Tensor]:
-    """CE [n, K], zero where ignored, and lse [n] of one context: z [n, V], targets [n, K]."""
-    z = _soft_cap(z, o.softcap)
-    vocab = z.shape[1]
+def _columns(z: Tensor, targets: Tensor, o: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """log p of the targets [n, K], its mean over the vocabulary [n] and lse [n], from one context's logits [n, V]."""
+    z = _soft_cap(z, o.softcap).contiguous()
     # One fused pass, and everything is read from it: log p_y keeps its digits where lse - z_y would cancel, and at the
     # largest logit z - log p is the logsumexp without a second pass of exponentials.
     log_p = torch.log_softmax(z, dim=-1)
-    lse = z.amax(-1, keepdim=True) - log_p.amax(-1, keepdim=True)
-    ce = -log_p.gather(1, targets.clamp(0, vocab - 1))
-    if o.label_smoothing:
-        ce = (1 - o.label_smoothing) * ce - o.label_smoothing * log_p.mean(-1, keepdim=True)
-    if o.z_loss:  # differentiated, which the maxima above are not fit for
-        lse = torch.logsumexp(z, dim=-1, keepdim=True)
-        ce = ce + o.z_loss * lse.square()
-    # A target outside the vocabulary was refused where the host can look at it.  Elsewhere it must show: NaN.
-    outside = (targets < 0) | (targets >= vocab)
-    ce = torch.where(outside, torch.nan, ce)
-    return torch.where(targets == o.ignore_index, 0.0, ce), lse.squeeze(1)
+    if o.z_loss:  # differentiated, which maxima are not fit for: they share a gradient between equals
+        lse = torch.logsumexp(z, dim=-1)
+    else:
+        lse = (z.amax(-1) - log_p.amax(-1)).detach()
+    return log_p.gather(1, targets), log_p.mean(-1) if o.label_smoothing else lse, lse
+
+
+def _inside(targets: Tensor, o: Options) -> Tensor:
+    """The targets, moved into their vocabulary where they are outside of it, so that they can be used as indices."""
+    last = constant(tuple(size - 1 for size in o.vocab_sizes), torch.int64, targets.device)
+    return targets.clamp(min=0).minimum(last[:, None])
 
 
 def _counts(targets: Tensor, ignore_index: int) -> Tensor:
@@ -161,31 +167,41 @@ def _counts(targets: Tensor, ignore_index: int) -> Tensor:
     return (targets != ignore_index).sum(0).clamp(min=1)
 
 
-def _entry_weights(grad_loss: Tensor, targets: Tensor, o: Options) -> Tensor:
-    """a [N, C, K]: d(total) / d(entry), zero where ignored."""
+class _GradientParts(NamedTuple):
+    """dloss/dz = scale * softmax(z) - smooth, less `entry` at the targets: everything but the softmax."""
+
+    scale: Tensor  # [N, C, 1]
+    smooth: Tensor  # [N, C, 1]
+    entry: Tensor  # [N, C, K]
+    targets: Tensor  # [N, C, K], inside their vocabularies
+
+
+def _gradient_parts(grad_loss: Tensor, targets: Tensor, lse: Tensor, o: Options) -> _GradientParts:
     weights = o.context_weights[:, None].to(grad_loss.dtype) * o.step_weights.to(grad_loss.dtype)
     if o.reduction == "mean":
         weights = weights / _counts(targets, o.ignore_index)
-    return torch.where(targets == o.ignore_index, 0.0, grad_loss * weights)
+    entry = torch.where(targets == o.ignore_index, 0.0, grad_loss * weights)
+    total = entry.sum(-1, keepdim=True)
+    scale = total * (1 + 2 * o.z_loss * lse[:, :, None]) if o.z_loss else total
+    sizes = constant(tuple(o.vocab_sizes), grad_loss.dtype, targets.device)
+    smooth = total * (o.label_smoothing / sizes[:, None])
+    return _GradientParts(scale, smooth, entry * (1 - o.label_smoothing), _inside(targets, o))
 
 
-def _grad_logits(z: Tensor, targets: Tensor, lse: Tensor, entry_weights: Tensor, o: Options, *, out: Tensor) -> None:
-    """dloss/dlogits of a chunk z [n, sum V] into `out`; targets and entry_weights [n, C, K], lse [n, C]."""
+def _grad_logits(z: Tensor, rows: slice, parts: _GradientParts, o: Options, *, out: Tensor) -> None:
+    """dloss/dlogits of the chunk `rows`, logits z [n, sum V], into `out`."""
     grads = _segments(out, o.vocab_sizes)
     for context, raw in enumerate(_segments(z, o.vocab_sizes)):
-        a = entry_weights[:, context]
-        total = a.sum(-1, keepdim=True)
-        scale = total * (1 + 2 * o.z_loss * lse[:, context, None]) if o.z_loss else total
         capped = _soft_cap(raw, o.softcap)
-        grad = grads[context] if out.dtype == z.dtype else torch.empty_like(raw)
-        torch.softmax(capped, dim=-1, out=grad).mul_(scale)
-        grad.scatter_add_(1, targets[:, context].clamp(0, raw.shape[1] - 1), a * -(1 - o.label_smoothing))
+        p, scale = torch.softmax(capped, dim=-1), parts.scale[rows, context]
+        grad = torch.mul(p, scale, out=grads[context]) if out.dtype == p.dtype else p.mul_(scale)
+        grad.scatter_add_(1, parts.targets[rows, context], -parts.entry[rows, context])
         if o.label_smoothing:
-            grad.sub_(total * (o.label_smoothing / raw.shape[1]))
+            grad.sub_(parts.smooth[rows, context])
         if o.softcap is not None:
             grad.mul_(1 - (capped / o.softcap).square())
-        if grad is not grads[context]:
-            grads[context].copy_(grad)
+        if grad is p:  # to be rounded once, here
+            grads[context].copy_(p)
 
 
 def _check_targets(targets: Tensor, o: Options) -> None:

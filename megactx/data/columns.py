@@ -10,10 +10,12 @@ import csv
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megactx.data.bundle import refuse_duplicates
 from megactx.data.numeric import quantise
@@ -54,9 +56,10 @@ def read_csv(
         **dict.fromkeys(_find(numeric, names, contexts, path), "numeric"),
         **dict.fromkeys(_find(categorical, names, contexts, path), "categorical"),
     }
+    made = [_context(contexts[i], names[i], [row[i] for row in rows], lines, forced.get(i)) for i in picked]
     cut = split_at(len(rows), val_fraction)
-    made = [_context(contexts[i], names[i], [row[i] for row in rows], lines, cut, forced.get(i)) for i in picked]
-    return made, {"kind": "csv", "rows": len(rows), "columns": [names[i] for i in picked]}
+    split = [replace(context, arrays=(ids[:cut], ids[cut:])) for context, ids in made]
+    return split, {"kind": "csv", "rows": len(rows), "columns": [names[i] for i in picked]}
 
 
 def _read_rows(path: Path, header: bool) -> tuple[list[str], list[int], list[list[str]]]:
@@ -99,8 +102,10 @@ def _find(wanted: Sequence[str], names: Sequence[str], contexts: Sequence[str], 
 
 
 def _context(
-    name: str, column: str, cells: Sequence[str], lines: Sequence[int], cut: int, forced: str | None
-) -> NewContext:
+    name: str, column: str, cells: Sequence[str], lines: Sequence[int], forced: str | None
+) -> tuple[NewContext, NDArray[np.int64]]:
+    """What the column is, still without ids, and the ids of all its cells."""
+    none = np.empty(0, np.int64)
     whole = all(map(_WHOLE.fullmatch, cells))
     if whole and forced != "numeric":
         values = np.asarray([int(cell) for cell in cells], np.int64)
@@ -112,8 +117,8 @@ def _context(
                 f"{MAX_CATEGORIES:,} are possible: use it as a numeric column"
             )
         if forced or size <= MAX_AUTOMATIC:
-            ids = values - low
-            return NewContext(name, "categorical", size, IntegerTokenizer(low, high).to_json(), (ids[:cut], ids[cut:]))
+            tokenizer = IntegerTokenizer(low, high).to_json()
+            return NewContext(name, "categorical", size, tokenizer, (none, none)), values - low
     elif forced == "categorical":
         at = next(i for i, cell in enumerate(cells) if not _WHOLE.fullmatch(cell))
         raise _bad_cell(column, lines[at], cells[at], "a whole number")
@@ -125,7 +130,7 @@ def _context(
         numbers[i] = number
     codes, minimum, step, size = quantise(numbers, name)
     tokenizer = NumericTokenizer(minimum, step, size).to_json()
-    return NewContext(name, "numeric", size, tokenizer, (codes[:cut], codes[cut:]), grid=(minimum, step))
+    return NewContext(name, "numeric", size, tokenizer, (none, none), grid=(minimum, step)), codes
 
 
 def _bad_cell(column: str, line: int, cell: str, expected: str) -> MegactxError:

@@ -146,7 +146,8 @@ def _file_dtype(folder: Path, name: str, vocab_size: int) -> str:
         ids = map_ids(path, dtype)
         if int(ids.max()) >= vocab_size:
             raise MegactxError(
-                f"context {name!r}: {path}, read as {dtype}, holds id {ids.max()}, outside the vocabulary of {vocab_size}"
+                f"context {name!r}: {path}, read as {dtype}, holds id {ids.max()}, outside the vocabulary of "
+                f"{vocab_size}"
             )
         if dtype == "uint16":
             # uint32 ids of a small vocabulary, read as uint16: every second one is 0, and the others are not all 0.
@@ -155,8 +156,8 @@ def _file_dtype(folder: Path, name: str, vocab_size: int) -> str:
             looks_wide |= bool(ids[::2].any())
     if looks_wide:
         raise MegactxError(
-            f"context {name!r}: {folder} may hold uint16 or uint32 ids (every second 16-bit word is 0), and a vocabulary "
-            f"of {vocab_size} fits both: write it anew as uint16"
+            f"context {name!r}: {folder} may hold uint16 or uint32 ids (every second 16-bit word is 0), and a "
+            f"vocabulary of {vocab_size} fits both: write it anew as uint16"
         )
     return dtype
 

@@ -88,10 +88,13 @@ def read_python_stdlib(max_bytes: int | None = None) -> Corpus:
     files.sort(
         key=lambda file: hashlib.sha256(file.relative_to(root).as_posix().encode("utf-8", "surrogateescape")).digest()
     )
-    documents = []
-    left_out = 0
+    documents: list[bytes] = []
+    left_out = total = 0
     for file in files:
+        if max_bytes is not None and total > max_bytes:
+            break
         data = _read(file)
+        total += len(data)
         if _is_text(data):
             documents.append(data)
         else:
