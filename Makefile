@@ -1,7 +1,7 @@
 # make demo    prepare a corpus, train on it, sample, write a report
 # make test    the whole test suite
 # make lint    ruff, mypy and the import contracts
-# make bench   the C++ sampling operator against eager and compiled PyTorch
+# make bench   the sampling operator, generation and training against what they replace, on this CPU
 # make clean   remove what the other targets made
 #
 # The first target that runs makes .venv and installs into it. Variables:
@@ -24,8 +24,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 .PHONY: demo test lint bench clean
 .DELETE_ON_ERROR:
 
+# The demo's folder is its own: it starts afresh each time. The time limit is for machines slower than two current cores.
 demo: $(STAMP)
-	$(BIN)/python -m megactx.demo
+	rm -rf out/demo
+	$(BIN)/megactx prepare --source python-stdlib --contexts kind depth column --out_dir out/demo/data
+	$(BIN)/megactx train --dataset out/demo/data --out_dir out/demo/run --n_layer 4 --n_head 4 --n_embd 128 \
+	  --block_size 256 --batch_size 16 --optimizer muon --max_iters 2000 --max_minutes 5.5 --eval_interval 500
+	$(BIN)/megactx sample --out_dir out/demo/run --start "def read_" --max_new_tokens 400 --temperature 0.7
+	@echo "report: out/demo/run/report.html"
 
 # One thread for each process: two processes of two threads on two cores would wait for each other.
 test: $(STAMP)
@@ -38,6 +44,8 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python bench/sampling_op.py
+	$(BIN)/python bench/sampling.py
+	$(BIN)/python bench/training.py
 
 $(STAMP): setup.py pyproject.toml $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("megactx needs Python >= 3.11; $(PYTHON) is %d.%d: set PYTHON=" % sys.version_info[:2])'
@@ -52,6 +60,6 @@ $(STAMP): setup.py pyproject.toml $(wildcard csrc/*)
 	@touch $@
 
 clean:
-	rm -rf build dist out *.egg-info .benchmarks .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist out *.egg-info .benchmarks .grimp_cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	rm -f kernels/_C*.so
 	rm -rf $(VENV)

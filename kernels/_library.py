@@ -28,6 +28,8 @@ from typing import Any
 
 import torch
 
+from ._runtime import without_autocast
+
 NAMESPACE = "megactx"
 BACKENDS = ("auto", "reference", "triton", "cpp")
 
@@ -126,18 +128,17 @@ def register(
     *,
     reference: Callable[..., Any],
     fake: Callable[..., Any],
-    implementation: Callable[..., Any] | None = None,
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
 ) -> Operator:
     """Give the operator `name` its reference, its shape function and its derivative.
 
-    `implementation` is what the dispatcher runs where it is not `reference` itself (an operator that mutates).
     An operator whose name ends in `_backward` gets a derivative that refuses, since gradients of gradients are
     what the reference is for.
     """
     qualified = f"{NAMESPACE}::{name}"
-    _library.impl(name, implementation or reference, "CompositeExplicitAutograd")
+    reference = without_autocast(reference)
+    _library.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_library)
     if name.endswith("_backward"):
         backward = _no_second_derivative(qualified)

@@ -6,6 +6,8 @@ Each check raises a `ValueError` or `TypeError` that names the argument, what wa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,20 @@ _MAX_CONSTANTS = 1024
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype arithmetic is done in: float64 for float64 input, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with autocast off: an operator takes its inputs as they come, and chooses its precision itself."""
+
+    @wraps(function)
+    def run(*args: Any) -> Any:
+        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        if not torch.is_autocast_enabled(device):
+            return function(*args)
+        with torch.autocast(device, enabled=False):
+            return function(*args)
+
+    return run
 
 
 def check_tensor(name: str, value: object, ndim: int | tuple[int, ...]) -> Tensor:

@@ -112,8 +112,8 @@ def find(out_dir: Path) -> Path:
         except Damaged as error:
             damaged.append(error)
         else:
-            for error in damaged:
-                warnings.warn(f"{error}; falling back to {path.name}", stacklevel=2)
+            for problem in damaged:
+                warnings.warn(f"{problem}; falling back to {path.name}", stacklevel=2)
             return path
     if damaged:
         raise MegactxError(f"{damaged[0]}; no older checkpoint in {out_dir} is valid")

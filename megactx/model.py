@@ -196,10 +196,11 @@ class GPT(nn.Module):
         return (codes - mean) / std
 
     def to_codes(self, values: Tensor) -> Tensor:
-        """The inverse of `standardise` on predictions: rounded, and clamped to each context's recorded range."""
+        """The inverse of `standardise` on predictions: rounded, and clamped to each context's recorded range. A NaN
+        gives -1, like a draw from logits that are not finite."""
         mean, std, _ = self.numeric_scales.view(torch.float32)
-        codes = torch.addcmul(mean, values, std).round().long()
-        return codes.clamp(min=0).minimum(self.limits.index_select(0, self.numeric_index) - 1)
+        top = self.limits.index_select(0, self.numeric_index) - 1
+        return round_to_codes(values, mean, std, top.float())
 
     def pack(self, tokens: Tokens, token_order: Sequence[str] | None = None, argument: str = "tokens") -> Tensor:
         """Any of the three forms to one int64 `[B, T, C]` in the config's order; names decide, never positions."""
@@ -298,6 +299,11 @@ class GPT(nn.Module):
             total = total + (means * self.numeric_scales.view(torch.float32)[2]).sum()
             losses = losses.index_copy(0, self.numeric_index, means.detach())
         return total, losses
+
+
+def round_to_codes(values: Tensor, mean: Tensor, std: Tensor, top: Tensor) -> Tensor:
+    """`GPT.to_codes` on constants at hand; `top` is the last code, as a float."""
+    return torch.addcmul(mean, values, std).round_().clamp_(torch.zeros_like(top), top).nan_to_num_(-1.0).long()
 
 
 def _check_integer(argument: str, tensor: Tensor) -> None:

@@ -79,7 +79,7 @@ def set_learning_rate(optimizers: Mapping[str, torch.optim.Optimizer], learning_
 
 def pack_state(model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[str, Tensor]:
     """Optimizer state as `{optimizer}/{parameter name}/{entry}` tensors, independent of parameter order."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     packed: dict[str, Tensor] = {}
     for kind, optimizer in optimizers.items():
         for parameter, entries in optimizer.state.items():

@@ -74,15 +74,15 @@ def open_bundle(config: TrainConfig) -> Bundle:
     """The bundle, or the aligned folders, that the settings name."""
     from megactx.data.bundle import Bundle
 
-    names = config.multicontext_datasets
-    if config.dataset is None and not names:
-        raise MegactxError("dataset: expected --dataset BUNDLE or --multicontext_datasets FOLDER ..., got neither")
+    names = config.multicontext_datasets or []
     single = config.training_mode == "single"
     if config.dataset is None:
+        if not names:
+            raise MegactxError("dataset: expected --dataset BUNDLE or --multicontext_datasets FOLDER ..., got neither")
         return Bundle.from_folders(names[:1] if single else names, numerical=config.numerical_multicontext)
+    bundle = Bundle.open(config.dataset, names=names or None)
     if single:
-        names = names[:1] if names else [Bundle.open(config.dataset).contexts[0].name]
-    bundle = Bundle.open(config.dataset, names=names)
+        bundle = Bundle.open(config.dataset, names=[bundle.contexts[0].name])
     if config.numerical_multicontext:
         return Bundle.from_folders([bundle.path / c.name for c in bundle.contexts], numerical=True)
     return bundle

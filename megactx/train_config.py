@@ -181,8 +181,8 @@ def _checked(name: str, value: Any, source: str) -> Any:
     meta = known[name].metadata
     if value is None and known[name].default is None:
         return None
-    wanted = list if "nargs" in meta else meta["type"]
-    accepted = (int, float) if wanted is float else wanted
+    wanted: Any = list if "nargs" in meta else meta["type"]
+    accepted: Any = (int, float) if wanted is float else wanted
     if not isinstance(value, accepted) or (isinstance(value, bool) and wanted is not bool):
         raise MegactxError(f"config_file: {name}: expected {wanted.__name__}, got {value!r}")
     if "choices" in meta and value not in meta["choices"]:

@@ -151,6 +151,9 @@ def test_reduced_precision_weights_stay_close() -> None:
     full, _ = Decoder(model, 2).prefill(tokens)
     half, _ = Decoder(model, 2, dtype=torch.bfloat16).prefill(tokens)
     assert (full - half).abs().max() < 0.05 * full.abs().max()
+    rounded, _ = Decoder(model.bfloat16(), 2).prefill(tokens)  # a model that is bfloat16 itself
+    assert rounded.dtype == torch.float32
+    assert (full - rounded).abs().max() < 0.05 * full.abs().max()
 
 
 def test_nothing_to_generate_and_what_is_refused() -> None:

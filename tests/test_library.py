@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +117,12 @@ def _public(name: str) -> Callable[..., Any]:
     }[name]
 
 
-def _result_and_grads(function: Callable[..., Any], name: str, length: int) -> tuple[list[Tensor], list[Tensor]]:
+def _result_and_grads(
+    function: Callable[..., Any], name: str, length: int, around: AbstractContextManager[Any] | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
     inputs = _arguments(name, length, grad=name in DIFFERENTIABLE)
-    results = function(*inputs)
+    with around or nullcontext():
+        results = function(*inputs)
     results = [results] if isinstance(results, Tensor) else list(results)
     if name not in DIFFERENTIABLE:
         return results, []
@@ -141,6 +145,38 @@ def test_compiles_to_one_graph_over_changing_lengths(name: str) -> None:
         torch.testing.assert_close(grads, expected_grads, rtol=0, atol=0)
         compiles_of_the_first_call = compiles_of_the_first_call or counter.frame_count
     assert counter.frame_count == compiles_of_the_first_call
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_the_reference_compiles_too(name: str) -> None:
+    torch._dynamo.reset()
+    function = _public(name)
+    with kernels.use_backend("reference"):
+        expected, expected_grads = _result_and_grads(function, name, 7)
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+        got, grads = _result_and_grads(compiled, name, 7)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(grads, expected_grads)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("name", [name for name in _library.SCHEMAS if not name.endswith("_backward")])
+def test_autocast_does_not_reach_into_an_operator(name: str, backend: str) -> None:
+    with kernels.use_backend(backend):
+        expected, expected_grads = _result_and_grads(_public(name), name, 7)
+        got, grads = _result_and_grads(_public(name), name, 7, torch.autocast("cpu", torch.bfloat16))
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    torch.testing.assert_close(grads, expected_grads, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in _library.SCHEMAS if not name.endswith("_backward")])
+def test_inference_mode_gives_the_same_results(name: str) -> None:
+    expected, _ = _result_and_grads(_public(name), name, 7)
+    with torch.inference_mode():
+        got = _public(name)(*_arguments(name, 7))
+    torch.testing.assert_close([got] if isinstance(got, Tensor) else list(got), expected, rtol=0, atol=0)
+    again, _ = _result_and_grads(_public(name), name, 7)  # nothing made in inference mode was kept
+    torch.testing.assert_close(again, expected, rtol=0, atol=0)
 
 
 @pytest.mark.slow
@@ -190,8 +226,20 @@ def test_use_backend_restores_the_choice_and_refuses_unknown_names() -> None:
     with pytest.raises(ZeroDivisionError), kernels.use_backend("reference"):
         raise ZeroDivisionError
     assert _library._choice == before
-    with pytest.raises(ValueError, match="one of auto, reference, triton, cpp, got 'cuda'"), kernels.use_backend("cuda"):
+    with (
+        pytest.raises(ValueError, match="one of auto, reference, triton, cpp, got 'cuda'"),
+        kernels.use_backend("cuda"),
+    ):
         pass
+
+
+def test_an_extension_that_does_not_load_warns_once_and_says_why(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(_library, "__file__", str(tmp_path / "_library.py"))
+    assert "not built" in _library._load_extension()
+    (tmp_path / "_C.abi3.so").write_bytes(b"not a library")
+    with pytest.warns(UserWarning, match="the C.. extension failed to load: .*; the reference implementation is used"):
+        reason = _library._load_extension()
+    assert reason.startswith("the C++ extension failed to load: ")
 
 
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""Sampling: the filters against plain Python, the noise against its definition, the draws against their probabilities."""
+"""Sampling: the filters against plain Python, the noise against its definition, the draws against probabilities."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def backend(request: pytest.FixtureRequest) -> Any:
         yield request.param
 
 
-def draw(logits: Tensor, sizes: tuple[int, ...] | None = None, *, seeds: Any = 0, step: Any = 0, **knobs: Any) -> Tensor:
+def draw(
+    logits: Tensor, sizes: tuple[int, ...] | None = None, *, seeds: Any = 0, step: Any = 0, **knobs: Any
+) -> Tensor:
     sizes = (logits.shape[1],) if sizes is None else sizes
     return kernels.sample_contexts(logits, sizes, seeds=seeds, step=step, **knobs)
 
@@ -81,7 +83,9 @@ def test_frequencies_are_the_exact_probabilities(knobs: dict[str, Any]) -> None:
     top_p=st.sampled_from([1e-6, 0.3, 0.77, 1.0]),
     min_p=st.sampled_from([0.0, 0.013, 0.35, 1.0]),
 )
-def test_every_draw_survives_the_filters(z: list[float], temperature: float, top_k: int, top_p: float, min_p: float) -> None:
+def test_every_draw_survives_the_filters(
+    z: list[float], temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
     allowed = survivors(z, temperature, top_k, top_p * (1 - 1e-6), min_p * (1 - 1e-6))
     logits = torch.tensor(z).expand(32, -1)
     knobs = {"temperature": temperature, "top_k": top_k, "top_p": top_p * (1 - 1e-6), "min_p": min_p * (1 - 1e-6)}
@@ -112,7 +116,9 @@ def test_the_noise_is_its_definition() -> None:
     for seed, context, step in ((0, 0, 0), (-5, 2, 3), (2**63 - 1, 1, 2**40 + 17), (-(2**63), 7, -1)):
         noise = reference.gumbel_noise(9, torch.tensor([[seed]]), context, torch.tensor(step))[0]
         for token in range(9):
-            words = philox([token >> 1, context, step % 2**32, (step >> 32) % 2**32], [seed % 2**32, (seed >> 32) % 2**32])
+            words = philox(
+                [token >> 1, context, step % 2**32, (step >> 32) % 2**32], [seed % 2**32, (seed >> 32) % 2**32]
+            )
             high, low = words[2:] if token & 1 else words[:2]
             u = min(max(high * 2.0**-32 + low * 2.0**-64, 2.0**-64), 1 - 2.0**-24)
             assert noise[token].item() == pytest.approx(-math.log(-math.log1p(-u)), rel=1e-5, abs=1e-6)
@@ -152,7 +158,9 @@ def test_a_row_draws_the_same_in_any_batch_order_and_packing() -> None:
     logits, seeds = torch.randn(rows, sum(sizes)), torch.randint(0, 2**40, (rows, 3))
     knobs = {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.01}
     all_at_once = draw(logits, sizes, seeds=seeds, step=5, **knobs)
-    one_by_one = torch.cat([draw(logits[i : i + 1], sizes, seeds=seeds[i : i + 1], step=5, **knobs) for i in range(rows)])
+    one_by_one = torch.cat(
+        [draw(logits[i : i + 1], sizes, seeds=seeds[i : i + 1], step=5, **knobs) for i in range(rows)]
+    )
     order = torch.randperm(rows)
     shuffled = draw(logits[order], sizes, seeds=seeds[order], step=5, **knobs)
     # Context 0 alone, and context 0 beside other neighbours.

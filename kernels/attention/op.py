@@ -15,6 +15,7 @@ from .._runtime import (
     check_like,
     check_mask,
     check_shape,
+    compute_dtype,
 )
 from . import reference
 
@@ -108,7 +109,7 @@ def _check_per_head(name: str, values: Tensor, heads: int, q: Tensor) -> Tensor:
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     batch, queries, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((batch, heads, queries), dtype=reference.compute_dtype(q.dtype))
+    return q.new_empty(q.shape), q.new_empty((batch, heads, queries), dtype=compute_dtype(q.dtype))
 
 
 def _backward_fake(

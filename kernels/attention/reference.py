@@ -136,9 +136,7 @@ def masked_attention_backward(
     )
 
 
-def _alibi_bias(
-    positions_q: Tensor, positions_k: Tensor, slopes: Tensor | None, dtype: torch.dtype
-) -> Tensor | None:
+def _alibi_bias(positions_q: Tensor, positions_k: Tensor, slopes: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """-slope |pos_q - pos_k|, [1 or B, H, Tq, Tk]: the difference in integers, which any two near positions have."""
     if slopes is None:
         return None
@@ -155,9 +153,7 @@ def _finite_keys(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.where(finite_k, k, 0.0), torch.where(finite_v, v, 0.0), finite
 
 
-def _scores(
-    q: Tensor, k: Tensor, bias: Tensor | None, allowed: Tensor, finite: Tensor, scale: float
-) -> Tensor:
+def _scores(q: Tensor, k: Tensor, bias: Tensor | None, allowed: Tensor, finite: Tensor, scale: float) -> Tensor:
     """Logits [B, H, Tq, Tk]: -inf where not allowed, NaN where an allowed key is not finite."""
     dtype, heads = compute_dtype(q.dtype), q.shape[2]
     scores = (_to_heads(q, heads).to(dtype) @ _to_heads(k, heads).to(dtype).transpose(-1, -2)) * scale

@@ -149,10 +149,8 @@ def _columns(z: Tensor, targets: Tensor, o: Options) -> tuple[Tensor, Tensor, Te
     # One fused pass, and everything is read from it: log p_y keeps its digits where lse - z_y would cancel, and at the
     # largest logit z - log p is the logsumexp without a second pass of exponentials.
     log_p = torch.log_softmax(z, dim=-1)
-    if o.z_loss:  # differentiated, which maxima are not fit for: they share a gradient between equals
-        lse = torch.logsumexp(z, dim=-1)
-    else:
-        lse = (z.amax(-1) - log_p.amax(-1)).detach()
+    # The z-loss differentiates it, which maxima are not fit for: they share a gradient between equals.
+    lse = torch.logsumexp(z, dim=-1) if o.z_loss else (z.amax(-1) - log_p.amax(-1)).detach()
     return log_p.gather(1, targets), log_p.mean(-1) if o.label_smoothing else lse, lse
 
 

@@ -170,9 +170,14 @@ def _columns(first: list[T], second: list[T], interleaved: bool) -> list[T]:
     return [member for pair in zip(first, second, strict=True) for member in pair]
 
 
-@lru_cache(maxsize=256)
+@torch.compiler.assume_constant_result
 def phase_steps(base: float, head_dim: int, pairs: int) -> tuple[int, ...]:
     """F_j = base^(-2j / head_dim) / (2 pi) * 2^64 modulo 2^64, as signed 64-bit integers, j = 0 .. pairs - 1."""
+    return _phase_steps(base, head_dim, pairs)
+
+
+@lru_cache(maxsize=256)
+def _phase_steps(base: float, head_dim: int, pairs: int) -> tuple[int, ...]:
     with localcontext() as context:
         context.prec = _DIGITS
         log_base = Decimal(base).ln()

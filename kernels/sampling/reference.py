@@ -35,8 +35,8 @@ def sample_contexts(
     """Draw ids int64 [B, C], -1 for a row without a draw; logits [B, sum V], knobs and seeds [B, C], step 0-d."""
     ids = torch.empty(temperature.shape, dtype=torch.int64, device=logits.device)
     for context, z in enumerate(logits.split(list(vocab_sizes), dim=1)):
-        knobs = (knob[:, context, None] for knob in (temperature, top_k, top_p, min_p))
-        ids[:, context] = _draw(z.float(), *knobs, seeds[:, context, None], context, step)
+        t, k, p, m, seed = (column[:, context, None] for column in (temperature, top_k, top_p, min_p, seeds))
+        ids[:, context] = _draw(z.float(), t, k, p, m, seed, context, step)
     return ids
 
 
