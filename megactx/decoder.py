@@ -19,6 +19,10 @@ from megactx.kernels import gaussian_rope
 from megactx.model import GPT, Block
 from megactx.nn.embedding import segment_offsets
 
+# Multiply-adds below which a second CPU thread costs more (a batched product of 3 us takes 18 with two) than it brings;
+# on a busy machine, where threads wait for each other, a hundred times more.
+_SMALL = 1 << 24
+
 
 def kept_tokens(block_size: int) -> int:
     """How many tokens stay in the window when it overflows."""
@@ -131,10 +135,12 @@ class Decoder:
     `[B, numeric contexts]` of the numeric ones, None where the model has no such context. Past the window, `step`
     follows the rule of this module. `dtype` is that of the matrices; below float32 the result is not exact.
 
-    The weights are a copy: train on, and make a new decoder.
+    The weights are taken as they are now: after more training, make a new decoder.
     """
 
     def __init__(self, model: GPT, batch_size: int, *, dtype: torch.dtype = torch.float32) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         config = model.config
         self.model = model
         self.batch_size = batch_size
@@ -162,6 +168,9 @@ class Decoder:
             self._q_turn, self._kv_turn = self._turns()
             self._single = _Workspace(self, 1)
         self._at: list[Any] = [None] * config.block_size
+        self._cost = math.inf
+        if self.device.type == "cpu":
+            self._cost = batch_size * sum(parameter.numel() for parameter in model.parameters())
         self._mm = torch.mm if dtype == torch.float32 else _narrow_mm
         self._addmm = torch.addmm if dtype == torch.float32 else _narrow_addmm
 
@@ -234,6 +243,17 @@ class Decoder:
         return self._q_turn.narrow(0, start, length), self._kv_turn.narrow(3, start, length), layers
 
     def _run(self, tokens: Tensor, start: int, work: _Workspace) -> tuple[Tensor | None, Tensor | None]:
+        """`_forward`, on one CPU thread where the work is too small for more."""
+        threads = torch.get_num_threads() if self._cost * work.length < _SMALL else 1
+        if threads == 1:
+            return self._forward(tokens, start, work)
+        torch.set_num_threads(1)
+        try:
+            return self._forward(tokens, start, work)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _forward(self, tokens: Tensor, start: int, work: _Workspace) -> tuple[Tensor | None, Tensor | None]:
         length = work.length
         self._embed(tokens, start, work)
         x = work.x

@@ -57,12 +57,14 @@ def generate(
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
     tokens = model.pack(prompt)
-    length = tokens.shape[1]
+    rows, length, _ = tokens.shape
+    if rows < 1:
+        raise ValueError("prompt must hold at least one row, got B = 0")
     if not 1 <= length <= model.config.block_size:
         raise ValueError(f"prompt must hold 1 to block_size = {model.config.block_size} positions, got {length}")
     model.check_ids(tokens)
     knobs = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    symbols = _Draw(model, tokens.shape[0], knobs, seeds)
+    symbols = _Draw(model, rows, knobs, seeds)
     if cached:
         return _cached(model, tokens, max_new_tokens, symbols, dtype)
     return _uncached(model, tokens, max_new_tokens, symbols)

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from megactx.model import GPT
 
 DEFAULT_PROMPT = "\n"
-_SINGLE_THREAD = 1 << 24  # multiply-adds a position below which a second CPU thread costs more than it brings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -299,27 +298,21 @@ def _generate(
     from megactx.generate import generate
 
     rows = prompt.expand(args.num_samples, -1, -1)
-    threads = torch.get_num_threads()
-    if prompt.device.type == "cpu" and args.num_samples * sum(p.numel() for p in model.parameters()) < _SINGLE_THREAD:
-        torch.set_num_threads(1)
-    try:
-        drawn = [rows]
-        for tokens in generate(
-            model,
-            rows,
-            args.max_new_tokens,
-            temperature=knobs["temperature"],
-            top_k=knobs["top_k"],
-            top_p=knobs["top_p"],
-            min_p=knobs["min_p"],
-            seeds=args.seed,
-            dtype=getattr(torch, args.dtype),
-        ):
-            if tokens.min() < 0:
-                raise MegactxError("the model's outputs are not finite: its training diverged")
-            drawn.append(tokens[:, None])
-    finally:
-        torch.set_num_threads(threads)
+    drawn = [rows]
+    for tokens in generate(
+        model,
+        rows,
+        args.max_new_tokens,
+        temperature=knobs["temperature"],
+        top_k=knobs["top_k"],
+        top_p=knobs["top_p"],
+        min_p=knobs["min_p"],
+        seeds=args.seed,
+        dtype=getattr(torch, args.dtype),
+    ):
+        if tokens.min() < 0:
+            raise MegactxError("the model's outputs are not finite: its training diverged")
+        drawn.append(tokens[:, None])
     return torch.cat(drawn, dim=1)
 
 

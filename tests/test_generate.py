@@ -165,6 +165,8 @@ def test_nothing_to_generate_and_what_is_refused() -> None:
     for length in (0, 17):
         with pytest.raises(ValueError, match=f"1 to block_size = 16 positions, got {length}"):
             generate(model, prompt(model, length=length), 1)
+    with pytest.raises(ValueError, match="at least one row"):
+        generate(model, start[:0], 1)
     bad = start.clone()
     bad[0, 0, 2] = 3
     with pytest.raises(ValueError, match="context 'case': id 3"):
@@ -177,3 +179,18 @@ def test_nothing_to_generate_and_what_is_refused() -> None:
         generate(model, start, 1, seeds=[1, 2, 3])
     with pytest.raises(ValueError, match="3 rows, the decoder was made for 2"):
         Decoder(model, 2).prefill(prompt(model, 3))
+
+
+def test_small_steps_run_on_one_thread_and_give_the_others_back() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        model = make()
+        tokens = prompt(model)
+        Decoder(model, 2).prefill(tokens)
+        assert torch.get_num_threads() == 2
+        with pytest.raises(IndexError):
+            Decoder(model, 2).prefill(tokens + 1000)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)

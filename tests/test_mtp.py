@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megactx import kernels
 from megactx.kernels import MTPLoss, linear_mtp_cross_entropy, mtp_cross_entropy
@@ -288,6 +290,42 @@ def test_strided_and_expanded_logits() -> None:
     (got,) = torch.autograd.grad(multi(row.expand(12, -1), targets).loss, row)
     (wanted,) = torch.autograd.grad(multi(row.repeat(12, 1), targets).loss, row)
     torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_the_operator_returns_the_logsumexp_of_each_row_and_context(z_loss: float) -> None:
+    logits, targets = inputs()
+    logits[0, 0] = -math.inf
+    ones = torch.ones(3), torch.ones(2)
+    lse = torch.ops.megactx.mtp_cross_entropy(logits, targets, SIZES, *ones, -1, "mean", None, 0.0, z_loss)[2]
+    torch.testing.assert_close(lse, torch.stack([z.logsumexp(1) for z in logits.split(SIZES, dim=1)], dim=1))
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.numel = max(self.numel, leaf.numel())
+        return result
+
+
+def test_the_linear_form_never_holds_the_logits(monkeypatch: Any) -> None:
+    rows, width, vocab, chunk = 400, 4, 50, 10
+    monkeypatch.setattr(reference, "_CHUNK_GEMM", chunk * vocab)
+    hidden, weight = torch.randn(rows, width), torch.randn(vocab, width)
+    targets = torch.randint(0, vocab, (rows, 1, 1))
+    options = ([vocab], torch.ones(1), torch.ones(1), -1, "mean", 5.0, 0.1, 0.1)
+    with torch.no_grad(), Largest() as made:
+        loss, _, lse = reference.linear_mtp_cross_entropy(hidden, weight, None, targets, *options)
+        reference.linear_mtp_cross_entropy_backward(
+            torch.ones_like(loss), hidden, weight, None, targets, lse, *options, True, True, False
+        )
+    assert made.numel <= max(rows * width, chunk * vocab)
 
 
 def test_frozen_inputs_are_not_differentiated_and_dtypes_may_differ() -> None:

@@ -144,7 +144,10 @@ def _forward(
 
 
 def _columns(z: Tensor, targets: Tensor, o: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """log p of the targets [n, K], its mean over the vocabulary [n] and lse [n], from one context's logits [n, V]."""
+    """log p of the targets [n, K], its mean over the vocabulary [n] and lse [n], from one context's logits [n, V].
+
+    The mean is wanted for smoothing only, and lse takes its place otherwise.
+    """
     z = _soft_cap(z, o.softcap).contiguous()
     # One fused pass, and everything is read from it: log p_y keeps its digits where lse - z_y would cancel, and at the
     # largest logit z - log p is the logsumexp without a second pass of exponentials.

@@ -105,22 +105,20 @@ def gaussian_rope_backward(
 def rotation(
     positions: Tensor, lods: Tensor | None, head_dim: int, s: Settings, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """What each channel of a token is multiplied by, shared by all heads: two tensors [B or 1, T, 1, D].
+    """What each channel of a token is multiplied by, shared by all heads: two tensors [T, 1, D] or [B, T, 1, D].
 
     The first multiplies the channel itself (the damped cosine), the second its partner in the pair (the damped sine,
     negative for the first of the two).  Both are sines of a fixed-point phase: -sin x = sin(-x), cos x = sin(x + 1/4
     turn).
     """
-    position_steps, level_steps, offsets, frequencies = _tables(head_dim, s, positions.device)
+    position_steps, level_steps, offsets, unit, frequencies = _tables(head_dim, s, positions.device)
     phase = torch.addcmul(offsets, positions.long()[..., None], position_steps)
     if s.lod_pairs and lods is not None:
         phase = torch.addcmul(phase, lods.long()[..., None], level_steps)
-    factors = phase.double().mul_(_UNIT).sin_()
+    factors = (phase * unit).sin_()
     if s.sigma == "power" or (s.sigma == "uniform" and lods is not None):
         factors = factors * _damping(lods, frequencies, s)
-    if positions.ndim == 1:
-        factors = factors[None]
-    own, other = factors.to(dtype)[:, :, None].chunk(2, dim=-1)
+    own, other = factors.to(dtype).unsqueeze(-2).chunk(2, dim=-1)
     return own, other
 
 
@@ -137,7 +135,7 @@ def _tables(head_dim: int, s: Settings, device: torch.device) -> tuple[Tensor, .
     """Constants of the 2 D columns `rotation` computes: D for the channels themselves, D for their partners.
 
     int64: phase per position (0 for pairs turned by the level), phase per level (0 for the others), phase offset;
-    float64: the frequency f_j, for the damping (0 for pairs turned by the level).
+    float64: the radians of one unit of phase; the frequency f_j, for the damping (0 for pairs turned by the level).
     """
 
     def make() -> tuple[Tensor, ...]:
@@ -150,6 +148,7 @@ def _tables(head_dim: int, s: Settings, device: torch.device) -> tuple[Tensor, .
         floats = _columns(frequency, frequency, s.interleaved) * 2
         return (
             *(torch.tensor(columns, dtype=torch.int64, device=device) for columns in integers),
+            torch.tensor(_UNIT, dtype=torch.float64, device=device),
             torch.tensor(floats, dtype=torch.float64, device=device),
         )
 
