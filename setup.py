@@ -117,7 +117,7 @@ EXTENSION = Extension(
     language="c++",
     py_limited_api=True,
 )
-TEST = ["pytest>=8", "pytest-benchmark", "pytest-xdist", "hypothesis"]
+TEST = ["pytest>=8", "pytest-benchmark", "pytest-xdist", "hypothesis", "tensorboard"]
 readme = ROOT / "README.md"
 
 setup(
