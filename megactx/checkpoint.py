@@ -4,7 +4,7 @@ One folder a step, `step-00000123/`, holds plain safetensors and JSON, never a p
 
     model.safetensors       parameters                        (fp32 masters)
     optimizer.safetensors   optimizer moments and RNG states
-    state.json              model config, bundle manifest with its tokenizers, data position, run settings
+    state.json              step, model config, bundle manifest with its tokenizers, run settings
     MANIFEST.json           size and sha256 of the three files above, written last
 
 A save writes into a hidden sibling folder, syncs every file and the folder, and only then renames it into place, so
@@ -15,18 +15,15 @@ step whose checksums hold and says once for each one it had to pass over.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import os
 import re
 import shutil
-import struct
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megactx.errors import MegactxError
+from megactx.files import read_json, sha256_of, sync, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +31,7 @@ if TYPE_CHECKING:
 FORMAT = "megactx-checkpoint"
 VERSION = 1
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.json"
+CONTENT = (MODEL, OPTIMIZER, STATE)
 _STEP_NAME = re.compile(r"^step-(\d{8,})$")
 
 
@@ -55,40 +53,50 @@ def step_folders(out_dir: Path) -> list[Path]:
     """The `step-*` folders below `out_dir`, newest step first, whatever their condition."""
     if not out_dir.is_dir():
         return []
-    found = [(int(m.group(1)), p) for p in out_dir.iterdir() if p.is_dir() and (m := _STEP_NAME.search(p.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    found = [path for path in out_dir.iterdir() if path.is_dir() and _STEP_NAME.search(path.name)]
+    return sorted(found, key=_step_of, reverse=True)
 
 
-def verify(path: Path) -> dict[str, Any]:
-    """Returns the manifest of a checkpoint folder after checking every file's size and sha256.
+def is_step_folder(path: Path) -> bool:
+    """Whether `path` itself is a checkpoint, whole or damaged. What lies in it decides, not its name."""
+    return any((path / name).is_file() for name in (MANIFEST, MODEL))
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
+
+
+def verify(path: Path, *, contents: bool = True) -> None:
+    """Checks a checkpoint folder: every file's size and, unless `contents` is False, its sha256 and the step.
 
     Raises:
-        Damaged: a file is missing, truncated or altered.
+        Damaged: a file is missing, truncated or altered, or the folder bears another step's name.
         MegactxError: the folder was written by another version of the format.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        version, files = manifest["version"], dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"checkpoint {path}: {MANIFEST} cannot be read ({_reason(error)})") from None
-    if manifest.get("format") != FORMAT or version != VERSION:
-        raise MegactxError(
-            f"checkpoint {path}: expected format {FORMAT!r} version {VERSION}, "
-            f"got {manifest.get('format')!r} version {version!r}"
-        )
-    for name in (MODEL, OPTIMIZER, STATE):
-        expected = files.get(name)
+        manifest = read_json(path / MANIFEST)
+    except MegactxError as error:
+        raise Damaged(f"checkpoint {path}: {error}") from None
+    version, files = manifest.get("version"), manifest.get("files")
+    if manifest.get("format") != FORMAT or not isinstance(version, int):
+        raise Damaged(f"checkpoint {path}: {MANIFEST} is not that of a {FORMAT}")
+    if version != VERSION:
+        raise MegactxError(f"checkpoint {path}: expected version {VERSION} of {FORMAT}, got version {version}")
+    for name in CONTENT:
+        expected = files.get(name) if isinstance(files, dict) else None
         if not isinstance(expected, dict):
             raise Damaged(f"checkpoint {path}: {MANIFEST} does not list {name}")
         try:
-            size, digest = (path / name).stat().st_size, _sha256(path / name)
+            size = (path / name).stat().st_size
+            digest = sha256_of(path / name) if contents else expected.get("sha256")
         except OSError as error:
-            raise Damaged(f"checkpoint {path}: {name} cannot be read ({_reason(error)})") from None
+            raise Damaged(f"checkpoint {path}: {name} cannot be read ({error.strerror})") from None
         if size != expected.get("bytes"):
             raise Damaged(f"checkpoint {path}: {name} has {size} bytes, expected {expected.get('bytes')}")
         if digest != expected.get("sha256"):
             raise Damaged(f"checkpoint {path}: the sha256 of {name} is not the one recorded in {MANIFEST}")
-    return manifest
+    if contents and _STEP_NAME.search(path.name) and read_json(path / STATE).get("step") != _step_of(path):
+        raise Damaged(f"checkpoint {path}: it holds another step than its name says")
 
 
 def find(out_dir: Path) -> Path:
@@ -100,7 +108,7 @@ def find(out_dir: Path) -> Path:
         MegactxError: no folder, no checkpoint in it, none of them valid, or the newest is of another version.
     """
     out_dir = Path(out_dir)
-    if (out_dir / MANIFEST).exists() or _STEP_NAME.search(out_dir.name):
+    if is_step_folder(out_dir):
         verify(out_dir)
         return out_dir
     if not out_dir.is_dir():
@@ -121,19 +129,21 @@ def find(out_dir: Path) -> Path:
 
 
 def load(path: Path, *, optimizer: bool = False) -> Checkpoint:
-    """Reads one step folder onto the CPU. The caller has it from `find`, which verified it."""
+    """Reads one step folder, which `find` has verified, onto the CPU."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = Path(path)
     try:
-        step = int(json.loads((path / MANIFEST).read_text())["step"])
-        state = json.loads((path / STATE).read_text())
+        state = read_json(path / STATE)
         model = load_file(path / MODEL)
         moments = load_file(path / OPTIMIZER) if optimizer else {}
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise Damaged(f"checkpoint {path} cannot be read ({_reason(error)})") from None
-    return Checkpoint(path, step, model, moments, state)
+    except (OSError, SafetensorError) as error:
+        raise Damaged(f"checkpoint {path} cannot be read ({error})") from None
+    missing = [name for name in ("step", "model_config", "manifest") if name not in state]
+    if missing:
+        raise Damaged(f"checkpoint {path}: {STATE} lacks {', '.join(missing)}")
+    return Checkpoint(path, state["step"], model, moments, state)
 
 
 def save(
@@ -148,7 +158,8 @@ def save(
     """Writes `out_dir/step-XXXXXXXX` so that a crash at any instant leaves either the whole folder or none.
 
     Older steps beyond the newest `keep` (at least 2: a lone checkpoint has nothing to fall back to) are removed, but
-    only after the new one is in place. A valid folder of the same step is left as it is.
+    only after the new one is in place. A valid folder of the same step is left as it is, damaged ones of earlier steps
+    do not count.
 
     Raises:
         MegactxError: the disk is full or refuses to be written; everything saved before is untouched.
@@ -168,15 +179,24 @@ def save(
         if target.exists():  # a damaged folder of the same step: out of the way, it is worth nothing
             shutil.rmtree(target)
         temporary.rename(target)
-        _sync(out_dir)
-        # Folders of later steps are damaged ones that a resume fell back from: they do not count as a fallback.
-        for old in [p for p in step_folders(out_dir) if p.name <= target.name][keep:]:
-            shutil.rmtree(old, ignore_errors=True)
+        sync(out_dir)
+        _prune(out_dir, step, keep)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         last = next((p.name for p in step_folders(out_dir) if _is_valid(p)), "none")
-        raise MegactxError(f"cannot save {target}: {_reason(error)}; last good checkpoint: {last}") from error
+        reason = error.strerror or error
+        raise MegactxError(f"cannot save {target}: {reason}; last good checkpoint: {last}") from error
     return target
+
+
+def _prune(out_dir: Path, step: int, keep: int) -> None:
+    """Removes what is older than the newest `keep` usable steps. Later steps than `step` are damaged ones that a resume
+    fell back from; they are replaced when the run gets there."""
+    past = [path for path in step_folders(out_dir) if _step_of(path) <= step]
+    usable = [path for path in past if _is_valid(path, contents=False)]  # hashing gigabytes again would cost seconds
+    for path in past:
+        if path not in usable[:keep]:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _write_folder(
@@ -185,11 +205,10 @@ def _write_folder(
     folder.mkdir()
     _write_tensors(folder / MODEL, model)
     _write_tensors(folder / OPTIMIZER, optimizer)
-    _write_json(folder / STATE, state)
-    content = (MODEL, OPTIMIZER, STATE)
-    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in content}
-    _write_json(folder / MANIFEST, {"format": FORMAT, "version": VERSION, "step": step, "files": files})
-    _sync(folder)
+    write_json(folder / STATE, {"step": step, **state})
+    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in CONTENT}
+    write_json(folder / MANIFEST, {"format": FORMAT, "version": VERSION, "files": files})
+    sync(folder)
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -198,18 +217,14 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
     # Clones, because an optimizer may hand out views of one buffer and safetensors stores no aliases.
     plain = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+    path.touch()
+    mode = path.stat().st_mode  # what the user's umask allows; the library would leave 0600
     try:
         save_file(plain, path)
     except SafetensorError as error:  # the library wraps the operating system's error in its own type
         raise OSError(str(error)) from error
-    _sync(path)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
+    path.chmod(mode)
+    sync(path)
 
 
 def _check_room(out_dir: Path, *groups: Mapping[str, Tensor]) -> None:
@@ -225,31 +240,9 @@ def _sweep(out_dir: Path) -> None:
         shutil.rmtree(stale, ignore_errors=True)
 
 
-def _is_valid(path: Path) -> bool:
+def _is_valid(path: Path, *, contents: bool = True) -> bool:
     with contextlib.suppress(MegactxError):
-        verify(path)
+        verify(path, contents=contents)
         return True
     return False
 
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """fsync of a file or of a folder: a rename is durable only when the folder that holds the name is."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _reason(error: BaseException) -> str:
-    text = str(error).splitlines()[0] if str(error) else ""
-    if isinstance(error, OSError) and error.strerror:
-        text = error.strerror
-    elif isinstance(error, struct.error | KeyError):
-        text = f"missing {text}"
-    return text or type(error).__name__

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import os
 import sys
 import warnings
 from typing import NoReturn
@@ -79,30 +80,46 @@ def build_parser(command: str) -> Parser:
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 2 for bad input, 128 + N when signal N stopped a training run."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    warnings.showwarning = _one_line_warning  # a warning is for the user too: a line, not a source location
+    try:
+        return _dispatch(arguments)
+    except BrokenPipeError:  # `megactx ... | head`: nobody reads on, and flushing at exit must not complain
+        if sys.__stdout__ is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if "--debug" in arguments:
+            raise
+        print(f"error: {_describe(error)}", file=sys.stderr)
+        return 2
+
+
+def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         rows = "\n".join(f"  {name:<9}{text}" for name, (_, text) in COMMANDS.items())
-        print("usage: megactx COMMAND [flags]\n\n" + OVERVIEW.format(commands=rows))
+        print("usage: megactx COMMAND [flags]\n\n" + OVERVIEW.format(commands=rows), flush=True)
         return 0
     if arguments[0] in ("-V", "--version", "version"):
         print(f"megactx {__version__}")
         return 0
-    warnings.showwarning = _one_line_warning  # a warning is for the user too: a line, not a source location
-    try:
-        if arguments[0] not in COMMANDS:
-            near = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
-            raise MegactxError(f"unknown command {arguments[0]!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
-        args = build_parser(arguments[0]).parse_strictly(arguments[1:])
-        return args.run(args) or 0
-    except BrokenPipeError:  # `megactx ... | head`
-        return 0
-    except (ValueError, OSError) as error:  # MegactxError is a ValueError
-        if "--debug" in arguments:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    if arguments[0] not in COMMANDS:
+        near = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
+        raise MegactxError(f"unknown command {arguments[0]!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    args = build_parser(arguments[0]).parse_strictly(arguments[1:])
+    return args.run(args) or 0
+
+
+def _describe(error: Exception) -> str:
+    """One line. What we did not foresee keeps its type, and says how to see more."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    text = " ".join(str(error).split())
+    if isinstance(error, ValueError):  # MegactxError and the errors of bad arguments
+        return text
+    return f"{type(error).__name__}: {text[:300]} (unexpected; --debug shows where)"
 
 
 def _one_line_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:

@@ -17,11 +17,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from megactx import __version__
+from megactx.console import Console
 
 PACKAGES = ("torch", "triton", "numpy", "tiktoken", "safetensors", "rich", "matplotlib", "wandb", "tensorboard")
 SWITCHES = {

@@ -8,12 +8,29 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from megactx.errors import MegactxError
+from megactx.files import finite
+
+if TYPE_CHECKING:
+    from megactx.data.bundle import ContextInfo
 
 METRICS = "metrics.jsonl"
+EVENTS = ("train", "eval")
+
+
+def yardsticks(contexts: Iterable[ContextInfo]) -> dict[str, dict[str, float]]:
+    """Per context what a model without history would reach: entropies in nats, or the variance of a numeric one."""
+    found: dict[str, dict[str, float]] = {}
+    for context in contexts:
+        if context.kind == "numeric":
+            found[context.name] = {"variance": 1.0}  # the loss is on the standardised value
+        else:
+            found[context.name] = {name: context.entropy[name] for name in ("unigram", "bigram")}
+    return found
 
 
 class Sink(Protocol):
@@ -29,28 +46,42 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict):
+        if isinstance(row, dict) and row.get("event") in EVENTS and isinstance(row.get("step"), int):
             rows.append(row)
     return rows
 
 
 class JsonLines:
-    """Appends one JSON object a line; `resume_step` first drops the rows of later steps (None: starts afresh)."""
+    """Appends one JSON object a line. `resume_step` first drops the rows of later steps; None starts afresh, and sets
+    the rows of an earlier run aside."""
 
     def __init__(self, path: Path, resume_step: int | None = None) -> None:
-        rows = [] if resume_step is None else [r for r in read_rows(path) if r.get("step", 0) <= resume_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(temporary, path)
+        self._path = path
+        if resume_step is None:
+            _set_aside(path)
+        else:
+            rows = [row for row in read_rows(path) if row["step"] <= resume_step]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            os.replace(temporary, path)
         self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed by close)
 
     def write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        try:
+            self._file.write(json.dumps(finite(row)) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
 
     def close(self) -> None:
         self._file.close()
+
+
+def _set_aside(path: Path) -> None:
+    if path.exists() and path.stat().st_size:
+        numbers = range(1, 10**6)
+        path.rename(next(free for n in numbers if not (free := path.with_name(f"{path.stem}-{n}.jsonl")).exists()))
 
 
 class TensorBoard:

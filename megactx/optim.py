@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,19 +93,14 @@ def unpack_state(
     """Puts `pack_state`'s tensors back, each on its parameter's device.
 
     Raises:
-        MegactxError: an entry names an optimizer or a parameter that this run does not have.
+        MegactxError: an entry names an optimizer or a parameter that this run does not have, or not together.
     """
     parameters = dict(model.named_parameters())
-    states: dict[nn.Parameter, dict[str, Any]] = {}
+    owned = {kind: {p for group in o.param_groups for p in group["params"]} for kind, o in optimizers.items()}
     for key, value in packed.items():
         kind, _, rest = key.partition("/")
         name, _, entry = rest.rpartition("/")
-        if kind not in optimizers or name not in parameters:
+        parameter = parameters.get(name)
+        if parameter is None or parameter not in owned.get(kind, ()):
             raise MegactxError(f"optimizer state: {key!r} in the checkpoint has no place in this run")
-        parameter = parameters[name]
-        states.setdefault(parameter, {})[entry] = value.to(parameter.device, copy=True)
-    for optimizer in optimizers.values():
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter in states:
-                    optimizer.state[parameter] = states[parameter]
+        optimizers[kind].state[parameter][entry] = value.to(parameter.device, copy=True)

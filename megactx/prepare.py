@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megactx.console import make_console
 from megactx.data.bundle import Bundle, check_name, dtype_for, refuse_duplicates
 from megactx.data.columns import read_csv
 from megactx.data.derive import ALIASES, DERIVATIONS, DerivedSpec, derive_many
@@ -120,6 +120,8 @@ def _derivation_help() -> str:
 
 def run(args: argparse.Namespace) -> None:
     began = time.perf_counter()
+    if args.max_bytes is not None and args.max_bytes < 1:
+        raise MegactxError(f"max_bytes must be at least 1, got {args.max_bytes}")
     check_target(args.out_dir, overwrite=args.overwrite)
     contexts, source = _collect(args)
     manifest = write_bundle(args.out_dir, contexts, source, overwrite=args.overwrite)
@@ -216,12 +218,6 @@ def _from_bundle(bundle: Bundle) -> tuple[list[NewContext], dict[str, Any]]:
             NewContext(info.name, info.kind, info.vocab_size, info.tokenizer, (train, val), grid, info.derived)
         )
     return contexts, bundle.manifest.get("source", {})
-
-
-def make_console() -> Console:
-    """A console for tables: where the output is no terminal, wide enough that nothing is cut."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=140)
 
 
 def context_table(bundle: Bundle) -> Table:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from typing import Any
 
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+
+from megactx.console import make_console
 
 _LANE_COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
 
@@ -33,10 +35,11 @@ class Progress:
     """Prints rows of metrics. Use as a context manager, so that the live line is taken down before an error shows."""
 
     def __init__(self, max_steps: int, max_seconds: float | None) -> None:
-        self.console = Console(stderr=False, highlight=False, soft_wrap=True)
+        self.console = make_console()
         self.max_steps, self.max_seconds = max_steps, max_seconds
         self._started = time.monotonic()
-        self._live = Live(console=self.console, refresh_per_second=4) if self.console.is_terminal else None
+        live = self.console.is_terminal
+        self._live = Live(console=self.console, refresh_per_second=4, transient=True) if live else None
 
     def __enter__(self) -> Progress:
         if self._live:
@@ -46,10 +49,11 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self._live:
             self._live.stop()
-        sys.stdout.flush()
+        if sys.stdout:  # None where the shell closed it
+            sys.stdout.flush()
 
     def note(self, text: str) -> None:
-        self.console.print(Text(text))
+        self.console.print(Text(text), soft_wrap=True)
 
     def show(self, row: dict[str, Any]) -> None:
         """One row of training metrics: `step`, `loss`, `losses`, `lr`, `grad_norm`, `ms`, `tokens_per_second`."""
@@ -57,17 +61,18 @@ class Progress:
         if self._live:
             self._live.update(line)
         else:
-            self.console.print(line)
+            self.console.print(line, soft_wrap=True)
 
     def _line(self, row: dict[str, Any]) -> Text:
-        line = Text(no_wrap=True, overflow="ellipsis")
+        """What matters most comes first, so that a narrow terminal's second line holds the rest."""
+        line = Text()
         line.append(f"step {row['step']}/{self.max_steps}", style="bold")
+        line.append(f" | eta {duration(self._remaining(row))} | ")
+        line.append(f"{quantity(row['tokens_per_second'])} tok/s", style="bold")
         line.append(f" | loss {row['loss']:.4f} |")
         for index, (name, value) in enumerate(row["losses"].items()):
             line.append(f" {name} ", style="dim").append(f"{value:.3f}", style=_LANE_COLOURS[index % 6])
-        line.append(f" | lr {row['lr']:.1e} | norm {row['grad_norm']:.2f} | {row['ms']:.0f} ms | ")
-        line.append(f"{quantity(row['tokens_per_second'])} tok/s", style="bold")
-        line.append(f" | eta {duration(self._remaining(row))}")
+        line.append(f" | lr {row['lr']:.1e} | norm {row['grad_norm']:.2f} | {row['ms']:.0f} ms")
         return line
 
     def _remaining(self, row: dict[str, Any]) -> float:
@@ -89,7 +94,7 @@ class Progress:
                 name,
                 f"{row['train'][name]:.4f}",
                 Text(f"{value:.4f}", style="green" if value < min(marks.values()) else ""),
-                "-" if numeric else f"{value / 0.6931471805599453:.3f}",
+                "-" if numeric else f"{value / math.log(2):.3f}",
                 f"{marks['variance']:.4f} (variance)" if numeric else f"{marks['unigram']:.4f}",
                 "-" if numeric else f"{marks['bigram']:.4f}",
             )

@@ -9,18 +9,19 @@ from __future__ import annotations
 import argparse
 import base64
 import html
-import json
+import math
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megactx import __version__, checkpoint
+from megactx.data.bundle import ContextInfo, contexts_from_manifest
 from megactx.errors import MegactxError
-from megactx.metrics import METRICS, read_rows
+from megactx.files import read_json
+from megactx.metrics import METRICS, read_rows, yardsticks
 from megactx.progress import duration, quantity
-
-BITS = 0.6931471805599453
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24; }
@@ -51,7 +52,7 @@ def write_report(out_dir: Path) -> Path:
     rows = read_rows(out_dir / METRICS)
     if not any(row.get("event") == "eval" for row in rows):
         raise MegactxError(f"report: no evaluation in {str(out_dir / 'metrics.jsonl')!r} yet")
-    contexts = found.state["manifest"]["contexts"]
+    contexts = contexts_from_manifest(found.state["manifest"])
     picture = out_dir / "losses.png"
     plot_losses(rows, contexts, picture)
     page = out_dir / "report.html"
@@ -61,7 +62,7 @@ def write_report(out_dir: Path) -> Path:
     return page
 
 
-def plot_losses(rows: list[dict[str, Any]], contexts: list[dict[str, Any]], path: Path) -> None:
+def plot_losses(rows: list[dict[str, Any]], contexts: Sequence[ContextInfo], path: Path) -> None:
     """One panel per context: training and validation loss over steps, with the entropies as horizontal lines."""
     import matplotlib
 
@@ -75,19 +76,20 @@ def plot_losses(rows: list[dict[str, Any]], contexts: list[dict[str, Any]], path
     figure, axes = pyplot.subplots(lines, columns, figsize=(5.2 * columns, 3.2 * lines), squeeze=False)
     for axis in axes.flat[len(contexts) :]:
         axis.set_visible(False)
+    marks = yardsticks(contexts)
     for axis, context in zip(axes.flat, contexts, strict=False):
-        name = context["name"]
+        name = context.name
         curves = (
             ("train", [(row["step"], row["losses"][name]) for row in train], "#9ab6d6", 1),
             ("validation", [(row["step"], row["val"][name]) for row in evals], "#1f5fa8", 2),
         )
         for label, points, colour, width in curves:
             axis.plot(*zip(*points, strict=True), color=colour, lw=width, label=label)
-        for (mark, value), dashes in zip(_yardsticks(context).items(), ((4, 2), (1, 1)), strict=False):
+        for (mark, value), dashes in zip(marks[name].items(), ((4, 2), (1, 1)), strict=False):
             axis.axhline(value, color="#b3541e", lw=1, dashes=dashes, label=mark)
         axis.set_title(name, fontsize=11)
         axis.set_xlabel("step")
-        axis.set_ylabel("MSE, standardised" if context["kind"] == "numeric" else "nats per token")
+        axis.set_ylabel("MSE, standardised" if context.kind == "numeric" else "nats per token")
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.25)
         axis.legend(fontsize=8, frameon=False)
@@ -96,14 +98,8 @@ def plot_losses(rows: list[dict[str, Any]], contexts: list[dict[str, Any]], path
     pyplot.close(figure)
 
 
-def _yardsticks(context: dict[str, Any]) -> dict[str, float]:
-    if context["kind"] == "numeric":
-        return {"variance": 1.0}
-    return {f"{name} entropy": context["entropy"][name] for name in ("unigram", "bigram")}
-
-
 def _page(out_dir: Path, found: checkpoint.Checkpoint, rows: list[dict[str, Any]], picture: Path) -> str:
-    contexts = found.state["manifest"]["contexts"]
+    contexts = contexts_from_manifest(found.state["manifest"])
     image = base64.b64encode(picture.read_bytes()).decode("ascii")
     parts = [
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>megactx: {html.escape(out_dir.name)}</title>",
@@ -127,17 +123,17 @@ def _page(out_dir: Path, found: checkpoint.Checkpoint, rows: list[dict[str, Any]
     return "\n".join(parts)
 
 
-def _losses_table(evaluation: dict[str, Any], contexts: list[dict[str, Any]]) -> str:
+def _losses_table(evaluation: dict[str, Any], contexts: Sequence[ContextInfo]) -> str:
     lines = ["<table><tr>"]
     lines += [f"<th>{head}</th>" for head in ("context", "train", "validation", "bits", "unigram", "bigram")]
     lines.append("</tr>")
     for context in contexts:
-        name, marks = context["name"], list(_yardsticks(context).values())
+        name, numeric = context.name, context.kind == "numeric"
+        marks = list(yardsticks([context])[name].values())
         value = evaluation["val"][name]
-        numeric = context["kind"] == "numeric"
         good = " class='good'" if value < min(marks) else ""
         cells = [f"<td>{evaluation['train'][name]:.4f}</td>", f"<td{good}>{value:.4f}</td>"]
-        cells.append("<td>-</td>" if numeric else f"<td>{value / BITS:.3f}</td>")
+        cells.append("<td>-</td>" if numeric else f"<td>{value / math.log(2):.3f}</td>")
         cells += [f"<td>{mark:.4f}</td>" for mark in marks] + (["<td>(variance)</td>"] if numeric else [])
         lines.append(f"<tr><td>{html.escape(name)}</td>{''.join(cells)}</tr>")
     return "".join(lines) + "</table>"
@@ -161,17 +157,17 @@ def _timings(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
     ]
 
 
-def _data_rows(contexts: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+def _data_rows(contexts: Sequence[ContextInfo]) -> list[tuple[str, ...]]:
     return [
         (
-            c["name"],
-            c["kind"],
-            str(c["tokenizer"].get("kind", "-")),
-            f"{c['vocab_size']:,}",
-            f"{c['tokens']['train']:,}",
-            c["sha256"]["train"][:16],
+            context.name,
+            context.kind,
+            context.tokenizer["kind"],
+            f"{context.vocab_size:,}",
+            f"{context.tokens['train']:,}",
+            context.sha256["train"][:16],
         )
-        for c in contexts
+        for context in contexts
     ]
 
 
@@ -194,7 +190,9 @@ def _sample_section(out_dir: Path, manifest: dict[str, Any]) -> str:
         return ""
     from megactx.display import to_html
 
-    sample = json.loads(path.read_text())
+    sample = read_json(path)
+    if not {"step", "ids", "prompt_tokens"} <= sample.keys():
+        raise MegactxError(f"{path} is not a sample that training wrote")
     lanes = to_html(manifest, sample["ids"], prompt_tokens=sample["prompt_tokens"])
     return (
         f"<h2>Sample at step {sample['step']}</h2><p class='note'>The first {sample['prompt_tokens']} tokens are the "

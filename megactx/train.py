@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megactx.errors import MegactxError
+from megactx.files import lock
 from megactx.train_config import TrainConfig, add_flags, read_config_file, resolve
 
 if TYPE_CHECKING:
@@ -31,31 +32,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    import torch
+
     from megactx.metrics import METRICS, read_rows
     from megactx.model import GPT
     from megactx.progress import Progress
     from megactx.trainer import StopSignal, Trainer
 
-    with StopSignal() as stop:
-        typed = {k: v for k, v in vars(args).items() if k in TrainConfig.__dataclass_fields__}
-        file = read_config_file(args.config_file) if args.config_file else {}
-        found = _find_run(resolve(typed, file, {}))
-        config = resolve(typed, file, found.state["train_config"] if found else {})
-        bundle = open_bundle(config)
-        model_config = build_model_config(config, bundle)
-        if found:
-            _check_same_run(found, model_config, bundle)
-        device = pick_device(config.device)
-        seed_everything(config.seed)
-        model = GPT(model_config).to(device)
+    typed = {k: v for k, v in vars(args).items() if k in TrainConfig.__dataclass_fields__}
+    file = read_config_file(args.config_file) if args.config_file else {}
+    first = resolve(typed, file, {})
+    _check_out_dir(Path(first.out_dir))
+    found = _find_run(first)
+    config = resolve(typed, file, found.state["train_config"] if found else {})
+    bundle = open_bundle(config)
+    model_config = build_model_config(config, bundle)
+    if found:
+        _check_same_run(found, config, model_config, bundle)
+    device = pick_device(config.device)
+    torch.manual_seed(config.seed)  # initialisation and dropout; the windows have their own counter-based generator
+    with StopSignal() as stop, lock(Path(config.out_dir), "out_dir"):
         sinks = open_sinks(config, found.step if found else None)
-        trainer = Trainer(config, model, bundle, device, sinks)
+        trainer = Trainer(config, GPT(model_config).to(device), bundle, device, sinks)
         if found:
             trainer.restore(found)
             rows = read_rows(Path(config.out_dir) / METRICS)
             trainer.evaluated_step = max((row["step"] for row in rows if row["event"] == "eval"), default=-1)
         with Progress(config.max_iters, config.max_minutes and config.max_minutes * 60) as progress:
-            progress.note(describe(config, model, bundle, device, found))
+            progress.note(describe(config, trainer.model, bundle, device, found))
             finished = trainer.fit(progress, stop)
         for sink in sinks:
             sink.close()
@@ -115,8 +119,13 @@ def parse_context_weights(given: list[str] | None, names: list[str]) -> tuple[fl
         raise MegactxError(f"context_weights: expected numbers or NAME=WEIGHT throughout, got {' '.join(given)!r}")
     if not named and len(given) != len(names):
         raise MegactxError(f"context_weights: expected {len(names)} weights ({', '.join(names)}), got {len(given)}")
-    pairs = [entry.split("=", 1) for entry in named] if named else zip(names, given, strict=True)
+    if named:
+        pairs = [(name, text) for name, _, text in (entry.partition("=") for entry in named)]
+    else:
+        pairs = list(zip(names, given, strict=True))
     for name, text in pairs:
+        if [other for other, _ in pairs].count(name) > 1:
+            raise MegactxError(f"context_weights: {name!r} is given twice")
         if name not in by_name:
             raise MegactxError(f"context_weights: unknown context {name!r}, expected one of {', '.join(names)}")
         try:
@@ -140,13 +149,6 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise MegactxError(f"device: {name!r} was asked for, but {torch.cuda.device_count()} CUDA devices are visible")
     return device
-
-
-def seed_everything(seed: int) -> None:
-    """The windows have their own counter-based generator; this seeds initialisation and dropout."""
-    import torch
-
-    torch.manual_seed(seed)
 
 
 def open_sinks(config: TrainConfig, resume_step: int | None) -> list[Sink]:
@@ -177,6 +179,15 @@ def describe(
     )
 
 
+def _check_out_dir(out_dir: Path) -> None:
+    from megactx import checkpoint
+
+    if out_dir.exists() and not out_dir.is_dir():
+        raise MegactxError(f"out_dir: expected a folder, got the file {str(out_dir)!r}")
+    if checkpoint.is_step_folder(out_dir):
+        raise MegactxError(f"out_dir: {str(out_dir)!r} is a checkpoint; give the folder of the run, its parent")
+
+
 def _find_run(config: TrainConfig) -> Checkpoint | None:
     """The checkpoint to continue from, by `init_from`; None to start from scratch."""
     from megactx import checkpoint
@@ -191,10 +202,14 @@ def _find_run(config: TrainConfig) -> Checkpoint | None:
         return None
     if config.init_from == "auto" and not checkpoint.step_folders(out_dir):
         return None
-    return checkpoint.load(checkpoint.find(out_dir), optimizer=True)
+    found = checkpoint.load(checkpoint.find(out_dir), optimizer=True)
+    for name in ("train_config", "progress"):
+        if not isinstance(found.state.get(name), dict):
+            raise checkpoint.Damaged(f"checkpoint {found.path}: {checkpoint.STATE} lacks {name}")
+    return found
 
 
-def _check_same_run(found: Checkpoint, model_config: GPTConfig, bundle: Bundle) -> None:
+def _check_same_run(found: Checkpoint, config: TrainConfig, model_config: GPTConfig, bundle: Bundle) -> None:
     """A run continues on the model and the data it was started with, or not at all."""
     old = {c["name"]: c["sha256"] for c in found.state["manifest"]["contexts"]}
     new = {c.name: c.sha256 for c in bundle.contexts}
@@ -203,7 +218,8 @@ def _check_same_run(found: Checkpoint, model_config: GPTConfig, bundle: Bundle) 
     for name, digest in new.items():
         if old.get(name) != digest:
             raise MegactxError(f"cannot resume {found.path}: the data of context {name!r} has changed since")
-    saved, asked = found.state["model_config"], model_config.to_json()
+    saved = found.state["model_config"] | {"optimizer": found.state["train_config"]["optimizer"]}
+    asked = model_config.to_json() | {"optimizer": config.optimizer}
     free = ("context_weights", "dropout")  # these change no tensor's shape and may be changed in mid-run
     changed = [
         f"{name}: checkpoint has {saved.get(name)!r}, asked for {asked[name]!r}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
 import tomllib
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
@@ -109,6 +110,10 @@ class TrainConfig:
     wandb_run_name: str | None = _flag(None, "run", "Weights & Biases run name")
 
     def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise MegactxError(f"{item.name}: expected a finite number, got {value}")
         positive = (
             "block_size batch_size gradient_accumulation_steps n_layer n_head n_embd max_iters learning_rate "
             "muon_learning_rate eval_interval eval_iters log_interval"
@@ -116,18 +121,25 @@ class TrainConfig:
         for name in positive.split():
             if not getattr(self, name) > 0:
                 raise MegactxError(f"{name}: expected a number above 0, got {getattr(self, name)}")
-        for name in ("warmup_iters", "weight_decay", "grad_clip", "sample_tokens"):
-            if not getattr(self, name) >= 0:
-                raise MegactxError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
+        for name in ("warmup_iters", "weight_decay", "grad_clip", "sample_tokens", "min_lr"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise MegactxError(f"{name}: expected a number of at least 0, got {value}")
         for name in ("beta1", "beta2", "dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise MegactxError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
-        for name in ("max_minutes", "min_lr", "lr_decay_iters", "save_interval"):
+        for name in ("max_minutes", "lr_decay_iters", "save_interval"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise MegactxError(f"{name}: expected a number above 0, got {value}")
         if self.keep_checkpoints < 2:
             raise MegactxError(f"keep_checkpoints: expected at least 2, got {self.keep_checkpoints}")
+        if not 0 <= self.seed < 1 << 63:
+            raise MegactxError(f"seed: expected a number in [0, 2^63), got {self.seed}")
+        try:
+            self.out_dir.encode()
+        except UnicodeEncodeError:  # safetensors could write there, but not read
+            raise MegactxError(f"out_dir: expected a path that is valid UTF-8, got {self.out_dir!r}") from None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -164,7 +176,7 @@ def read_config_file(path: str) -> dict[str, Any]:
         values = tomllib.loads(text) if file.suffix == ".toml" else json.loads(text)
     except OSError as error:
         raise MegactxError(f"config_file: cannot read {path!r}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MegactxError(f"config_file: {path!r} is not valid {file.suffix or 'JSON'}: {error}") from None
     if not isinstance(values, dict):
         raise MegactxError(f"config_file: expected an object of settings in {path!r}, got {type(values).__name__}")
@@ -189,7 +201,10 @@ def _checked(name: str, value: Any, source: str) -> Any:
         raise MegactxError(f"config_file: {name}: expected one of {', '.join(meta['choices'])}, got {value!r}")
     if wanted is list:
         return [str(entry) for entry in value]
-    return wanted(value)
+    try:
+        return wanted(value)
+    except OverflowError:
+        raise MegactxError(f"config_file: {name}: expected {wanted.__name__}, got a number beyond its range") from None
 
 
 # What belongs to one sitting at one machine, and is not taken over when a run is resumed.

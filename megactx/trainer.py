@@ -7,6 +7,7 @@ on the CPU. Weights stay float32; bfloat16 is autocast around the forward pass a
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 import time
@@ -23,7 +24,8 @@ from megactx import checkpoint
 from megactx.data.bundle import Bundle
 from megactx.data.loader import WindowLoader
 from megactx.errors import MegactxError
-from megactx.metrics import Sink
+from megactx.files import finite
+from megactx.metrics import Sink, yardsticks
 from megactx.model import GPT
 from megactx.optim import build_optimizers, learning_rate_at, pack_state, set_learning_rate, unpack_state
 from megactx.progress import Progress
@@ -86,7 +88,7 @@ class Trainer:
         self.skipped = 0
         self.seconds = 0.0  # spent in updates, over all sittings of the run
         self.data_seconds = 0.0
-        self._rng = torch.get_rng_state()
+        self._rng = self._generators()
 
     # -- state ---------------------------------------------------------------------------------------------------
 
@@ -95,10 +97,10 @@ class Trainer:
         self.model.load_state_dict(found.model)
         moments = {k: v for k, v in found.optimizer.items() if not k.startswith("rng/")}
         unpack_state(self.model, self.optimizers, moments)
-        self._rng = found.optimizer["rng/cpu"]
-        torch.set_rng_state(self._rng)
+        torch.set_rng_state(found.optimizer["rng/cpu"])
         if self.device.type == "cuda" and "rng/cuda" in found.optimizer:
             torch.cuda.set_rng_state(found.optimizer["rng/cuda"], self.device)
+        self._rng = self._generators()
         progress = found.state["progress"]
         self.step = found.step
         self.skipped, self.skipped_in_a_row = progress["skipped"], progress["skipped_in_a_row"]
@@ -106,11 +108,8 @@ class Trainer:
         self.window = _Window(progress["window"])
 
     def save(self) -> Path:
-        tensors = pack_state(self.model, self.optimizers)
-        # The generator as it stood after the last finished step: a signal may have cut the next one short.
-        tensors["rng/cpu"] = self._rng
-        if self.device.type == "cuda":
-            tensors["rng/cuda"] = torch.cuda.get_rng_state(self.device)
+        # The generators as they stood after the last finished step: a signal may have cut the next one short.
+        tensors = pack_state(self.model, self.optimizers) | self._rng
         progress = {
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
@@ -137,6 +136,15 @@ class Trainer:
 
     def fit(self, progress: Progress, stop: StopSignal) -> bool:
         """Trains up to `max_iters`; True when it got there (or ran out of `max_minutes`), False when signalled."""
+        try:
+            return self._loop(progress, stop)
+        except OSError:
+            # The terminal or the disk under the metrics went away. That happens between updates, so the state is whole.
+            with contextlib.suppress(MegactxError):
+                self.save()
+            raise
+
+    def _loop(self, progress: Progress, stop: StopSignal) -> bool:
         config = self.config
         save_interval = config.save_interval or config.eval_interval
         deadline = time.monotonic() + config.max_minutes * 60 if config.max_minutes else None
@@ -154,9 +162,9 @@ class Trainer:
             self.window.rows.append(row)
             if self.step % config.log_interval == 0 or self.step == config.max_iters:
                 summary = self.window.summary(self)
-                progress.show(summary)
-                self._write(summary)
                 self.window = _Window()
+                self._write(summary)
+                progress.show(summary)
             if self.step % save_interval == 0:
                 self.save()
         if stop.number is None:
@@ -197,7 +205,7 @@ class Trainer:
         self._zero_grad()
         self._count_skip(cause)
         self.step += 1
-        self._rng = torch.get_rng_state()
+        self._rng = self._generators()
         seconds = time.perf_counter() - begin
         self.seconds += seconds
         self.data_seconds += waited
@@ -245,8 +253,8 @@ class Trainer:
         if losses is not None:
             self.evaluated_step = self.step
             row = {"event": "eval", "step": self.step, **losses, "seconds": self.seconds}
-            progress.evaluation(row, yardsticks(self.bundle))
             self._write(row)
+            progress.evaluation(row, yardsticks(self.bundle.contexts))
 
     # -- helpers -------------------------------------------------------------------------------------------------
 
@@ -263,6 +271,13 @@ class Trainer:
     def _clip(self) -> Tensor:
         limit = self.config.grad_clip or float("inf")
         return torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).float()
+
+    def _generators(self) -> dict[str, Tensor]:
+        """The states that dropout draws from, as the checkpoint stores them."""
+        found = {"rng/cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            found["rng/cuda"] = torch.cuda.get_rng_state(self.device)
+        return found
 
     def _zero_grad(self) -> None:
         for optimizer in self.optimizers.values():
@@ -292,10 +307,10 @@ class _Window:
     """
 
     def __init__(self, rows: Sequence[dict[str, Any]] = ()) -> None:
-        self.rows = [row | {"loss": torch.tensor(row["loss"]), "losses": torch.tensor(row["losses"])} for row in rows]
+        self.rows = [row | {"loss": _tensor([row["loss"]])[0], "losses": _tensor(row["losses"])} for row in rows]
 
     def to_json(self) -> list[dict[str, Any]]:
-        return [row | {"loss": row["loss"].item(), "losses": row["losses"].tolist()} for row in self.rows]
+        return finite([row | {"loss": row["loss"].item(), "losses": row["losses"].tolist()} for row in self.rows])
 
     def summary(self, trainer: Trainer) -> dict[str, Any]:
         rows, config = self.rows, trainer.config
@@ -309,7 +324,7 @@ class _Window:
             "loss": torch.stack([row["loss"].cpu() for row in applied]).mean().item(),
             "losses": dict(zip(trainer.names, losses, strict=True)),
             "lr": rows[-1]["lr"],
-            "grad_norm": rows[-1]["norm"],
+            "grad_norm": applied[-1]["norm"],
             "skipped": trainer.skipped,
             "ms": 1e3 * seconds / len(rows),
             "data_ms": 1e3 * sum(row["data_seconds"] for row in rows) / len(rows),
@@ -318,15 +333,8 @@ class _Window:
         }
 
 
-def yardsticks(bundle: Bundle) -> dict[str, dict[str, float]]:
-    """Per context what a model without history would reach: entropies in nats, or the variance of a numeric one."""
-    found: dict[str, dict[str, float]] = {}
-    for context in bundle.contexts:
-        if context.kind == "numeric":
-            found[context.name] = {"variance": 1.0}  # the loss is on the standardised value
-        else:
-            found[context.name] = {name: context.entropy[name] for name in ("unigram", "bigram")}
-    return found
+def _tensor(values: Sequence[float | None]) -> Tensor:
+    return torch.tensor([float("nan") if value is None else value for value in values])
 
 
 def _non_finite(loss: float, norm: float) -> str | None:

@@ -1,4 +1,4 @@
-"""Fixtures shared by the families' tests: a fixed seed for each test, and a tiny bundle to train on."""
+"""What every test has: a fixed seed and one thread."""
 
 from __future__ import annotations
 

@@ -19,6 +19,9 @@ import torch
 
 from megactx import checkpoint
 from megactx.errors import MegactxError
+from megactx.files import sha256_of
+
+STATE = {"model_config": {}, "manifest": {}}
 
 
 def write(out_dir: Path, step: int, value: float = 0.0, keep: int = 3) -> Path:
@@ -28,7 +31,7 @@ def write(out_dir: Path, step: int, value: float = 0.0, keep: int = 3) -> Path:
         step,
         model=model,
         optimizer={"adamw/a/step": torch.tensor(float(step))},
-        state={"note": "ö"},
+        state=STATE | {"note": "ö"},
         keep=keep,
     )
 
@@ -37,7 +40,7 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     path = write(tmp_path, 12, 0.5)
     assert path.name == "step-00000012"
     found = checkpoint.load(checkpoint.find(tmp_path), optimizer=True)
-    assert (found.step, found.state) == (12, {"note": "ö"})
+    assert (found.step, found.state) == (12, STATE | {"step": 12, "note": "ö"})
     assert torch.equal(found.model["a"], torch.full((7, 3), 0.5))
     assert found.optimizer["adamw/a/step"].item() == 12.0
     assert checkpoint.load(path).optimizer == {}
@@ -46,16 +49,16 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
 def test_aliased_and_strided_tensors_are_stored_whole(tmp_path: Path) -> None:
     base = torch.arange(12.0).view(3, 4)
     model = {"x": base, "same": base, "t": base.t(), "row": base[1]}
-    checkpoint.save(tmp_path, 1, model=model, optimizer={}, state={})
+    checkpoint.save(tmp_path, 1, model=model, optimizer={}, state=STATE)
     found = checkpoint.load(checkpoint.find(tmp_path)).model
     for name, value in model.items():
         assert torch.equal(found[name], value)
 
 
 def test_only_the_newest_are_kept_and_the_newest_is_found(tmp_path: Path) -> None:
-    for step in (2, 4, 6, 100_000_000):
+    for step in (2, 4, 99_999_999, 100_000_000):
         write(tmp_path, step, keep=2)
-    assert [p.name for p in checkpoint.step_folders(tmp_path)] == ["step-100000000", "step-00000006"]
+    assert [p.name for p in checkpoint.step_folders(tmp_path)] == ["step-100000000", "step-99999999"]
     assert checkpoint.find(tmp_path).name == "step-100000000"
 
 
@@ -85,10 +88,10 @@ def test_damage_falls_back_with_one_warning(tmp_path: Path, name: str, damage: s
     assert checkpoint.load(found).model["a"][0, 0].item() == 1.0
 
 
-def test_every_single_bit_flip_is_found(tmp_path: Path) -> None:
+def test_any_bit_flip_in_the_content_is_found(tmp_path: Path) -> None:
     path = write(tmp_path, 1)
     generator = torch.Generator().manual_seed(0)
-    for name in (checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.STATE):
+    for name in checkpoint.CONTENT:
         content = bytearray((path / name).read_bytes())
         for _ in range(60):
             bit = int(torch.randint(len(content) * 8, (), generator=generator))
@@ -111,9 +114,42 @@ def test_another_version_is_refused_not_skipped(tmp_path: Path) -> None:
     write(tmp_path, 1)
     file = write(tmp_path, 2) / checkpoint.MANIFEST
     file.write_text(json.dumps(json.loads(file.read_text()) | {"version": 99}))
-    with pytest.raises(MegactxError, match=r"expected format 'megactx-checkpoint' version 1, got .* version 99"):
+    with pytest.raises(MegactxError, match="expected version 1 of megactx-checkpoint, got version 99"):
         checkpoint.find(tmp_path)
 
+
+@pytest.mark.parametrize("text", ['{"format": "other", "version": 1}', '{"version": "1"}', "[" * 100_000, "[]", "x"])
+def test_a_manifest_that_is_no_manifest_is_damage(tmp_path: Path, text: str) -> None:
+    write(tmp_path, 1)
+    (write(tmp_path, 2) / checkpoint.MANIFEST).write_text(text)
+    with pytest.warns(UserWarning, match="falling back to step-00000001"):
+        assert checkpoint.find(tmp_path).name == "step-00000001"
+
+
+def test_a_folder_under_another_steps_name_is_damage(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    write(tmp_path, 2).rename(tmp_path / "step-00000009")
+    with pytest.warns(UserWarning, match="it holds another step than its name says"):
+        assert checkpoint.find(tmp_path).name == "step-00000001"
+
+
+def test_a_copied_checkpoint_can_be_used_under_any_name(tmp_path: Path) -> None:
+    copy = write(tmp_path / "run", 7).rename(tmp_path / "best")
+    assert checkpoint.load(checkpoint.find(copy)).step == 7
+
+
+def test_a_truncated_earlier_step_does_not_count_as_a_fallback(tmp_path: Path) -> None:
+    for step in (10, 12):
+        write(tmp_path, step, keep=2)
+    (tmp_path / "step-00000012" / checkpoint.MODEL).write_bytes(b"x")
+    write(tmp_path, 20, keep=2)
+    assert [p.name for p in checkpoint.step_folders(tmp_path)] == ["step-00000020", "step-00000010"]
+
+
+def test_files_are_as_readable_as_the_umask_allows(tmp_path: Path) -> None:
+    path = write(tmp_path, 1)
+    (tmp_path / "plain").touch()
+    assert {file.stat().st_mode for file in path.iterdir()} == {(tmp_path / "plain").stat().st_mode}
 
 @pytest.mark.parametrize("place", ["missing", "empty"])
 def test_no_checkpoint_is_said_plainly(tmp_path: Path, place: str) -> None:
@@ -162,7 +198,8 @@ def test_a_full_disk_is_one_error_and_keeps_the_last_good_checkpoint(tmp_path: P
         from megactx import checkpoint
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, {resource.RLIM_INFINITY}))
         try:
-            checkpoint.save(Path({str(tmp_path)!r}), 2, model={{"a": torch.zeros(100_000)}}, optimizer={{}}, state={{}})
+            model = {{"a": torch.zeros(100_000)}}
+            checkpoint.save(Path({str(tmp_path)!r}), 2, model=model, optimizer={{}}, state={STATE!r})
         except checkpoint.MegactxError as error:
             print(error)
     """)
@@ -187,8 +224,8 @@ def test_a_file_that_is_not_safetensors_is_refused_even_with_the_right_checksum(
     path = write(tmp_path, 1)
     (path / checkpoint.MODEL).write_bytes(b"\x80\x04not a tensor file")
     files = {
-        n: {"bytes": (path / n).stat().st_size, "sha256": checkpoint._sha256(path / n)}
-        for n in (checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.STATE)
+        n: {"bytes": (path / n).stat().st_size, "sha256": sha256_of(path / n)}
+        for n in checkpoint.CONTENT
     }
     manifest = json.loads((path / checkpoint.MANIFEST).read_text()) | {"files": files}
     (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
@@ -205,7 +242,7 @@ def test_kill_9_at_any_time_leaves_a_valid_checkpoint(tmp_path: Path) -> None:
         from megactx import checkpoint
         for step in itertools.count(START):
             model = {{"a": torch.full((300_000,), float(step))}}
-            checkpoint.save(Path({str(tmp_path)!r}), step, model=model, optimizer={{}}, state={{}})
+            checkpoint.save(Path({str(tmp_path)!r}), step, model=model, optimizer={{}}, state={STATE!r})
             print(step, flush=True)
     """)
     generator = torch.Generator().manual_seed(3)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from megactx.data import write as write_module
 from megactx.data.bundle import dtype_for
 from megactx.data.write import NewContext, split_at, write_bundle
 from megactx.errors import MegactxError
+from megactx.files import lock
 
 SOURCE = {"kind": "test"}
 CATEGORIES = {"kind": "integer", "minimum": 0, "maximum": 9}
@@ -183,7 +187,7 @@ def swap_sizes(data: dict[str, Any]) -> None:
         (lambda d: d["contexts"][0].update(vocab_size=0), "'a': vocab_size"),
         (lambda d: d["contexts"][0].update(name="../../etc"), "context name"),
         (lambda d: d["contexts"][0].update(kind="numeric"), "'a': kind 'numeric'"),
-        (lambda d: d["contexts"][1].update(numeric={"minimum": 1}), "'speed': damaged numeric scale"),
+        (lambda d: d["contexts"][1].update(numeric={"minimum": 1}), "'speed': numeric.step of"),
         (lambda d: d["contexts"][0].update(tokens={"train": 90}), "'a': tokens"),
         (lambda d: d["contexts"][0].update(sha256=None), "'a': sha256"),
         (swap_sizes, r"'a': train.bin has 180 bytes, expected 360 \(90 tokens of uint32\)"),
@@ -233,7 +237,7 @@ def test_a_folder_that_is_no_bundle_is_never_touched(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
-@pytest.mark.parametrize("place", ["_write_ids", "_write_json", "_move_into_place"])
+@pytest.mark.parametrize("place", ["_write_ids", "write_json", "_move_into_place"])
 def test_a_full_disk_leaves_the_old_bundle(folder: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
@@ -249,7 +253,7 @@ def test_the_old_bundle_comes_back_when_the_last_rename_fails(folder: Path, monk
     rename = Path.rename
 
     def failing(self: Path, target: Path) -> Path:
-        if self.suffix == ".tmp":
+        if self.name == "new":
             raise OSError(5, "Input/output error")
         return rename(self, target)
 
@@ -257,6 +261,45 @@ def test_the_old_bundle_comes_back_when_the_last_rename_fails(folder: Path, monk
     with pytest.raises(MegactxError, match="Input/output error"):
         write_bundle(folder, [new_context("c")], SOURCE, overwrite=True)
     assert len(Bundle.open(folder, verify=True).contexts) == 3
+
+
+@pytest.mark.parametrize("when", ["while writing", "between the two renames"])
+def test_what_a_killed_prepare_leaves_is_cleared_and_the_old_bundle_comes_back(folder: Path, when: str) -> None:
+    """A child process is killed on the spot; the next write of the same target finds what it left."""
+    place = "_write_ids" if when == "while writing" else "sync"
+    script = f"""
+import os, signal
+from pathlib import Path
+import numpy as np
+from megactx.data import write
+from megactx.data.tokenizers import ByteTokenizer
+
+def die(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+rename = Path.rename
+if {place!r} == "sync":
+    Path.rename = lambda self, target: die() if self.name == "new" else rename(self, target)
+else:
+    write._write_ids = die
+ids = np.arange(20) % 7
+context = write.NewContext("c", "categorical", 256, ByteTokenizer().to_json(), (ids, ids))
+write.write_bundle(Path({str(folder)!r}), [context], {{}}, overwrite=True)
+"""
+    result = subprocess.run([sys.executable, "-c", script], check=False)
+    assert result.returncode == -signal.SIGKILL
+    assert (folder.parent / ".set.preparing").exists()
+    with pytest.raises(MegactxError, match="use --overwrite"):
+        write_bundle(folder, [new_context("c")], SOURCE)
+    assert len(Bundle.open(folder, verify=True).contexts) == 3
+    assert [path.name for path in folder.parent.iterdir()] == ["set"]
+
+
+def test_two_processes_do_not_write_one_bundle(folder: Path) -> None:
+    workshop = folder.parent / ".set.preparing"
+    with lock(workshop, "test"), pytest.raises(MegactxError, match="another process is writing"):
+        write_bundle(folder, [new_context("c")], SOURCE, overwrite=True)
+    assert workshop.exists()
 
 
 @pytest.mark.parametrize(("length", "fraction", "cut"), [(100, 0.1, 90), (101, 0.1, 91), (20, 0.1, 18), (4, 0.5, 2)])

@@ -74,7 +74,18 @@ def test_any_values_are_within_half_a_step(values: list[float]) -> None:
     codes, minimum, step, size = quantise(array, "x")
     assert codes.min() >= 0
     assert codes.max() < size <= 65_536
-    assert np.abs(minimum + step * codes - array).max() <= step * 0.5001 + 1e-6 * np.abs(array).max()
+    span = float(array.max() - array.min())
+    assert step <= max(1.0, span / 65_535 * 1.0001) if size < 65_536 else step == pytest.approx(span / 65_535)
+    assert np.abs(minimum + step * codes - array).max() <= max(step * 0.5001, 1e-9 * np.abs(array).max())
+
+
+@pytest.mark.parametrize("unit", [1e-12, 1e-9, 0.25, 1.0, 1e9])
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+def test_values_that_differ_get_codes_that_differ(unit: float, offset: float) -> None:
+    values = offset + (np.arange(500) % 97) * unit
+    codes, minimum, step, _ = quantise(values, "x")
+    assert np.unique(codes).size == np.unique(values).size
+    assert np.abs(minimum + step * codes - values).max() <= 0.5001 * step
 
 
 @pytest.mark.parametrize("values", [[1.0, math.nan], [math.inf, 1.0], [], [-1e308, 1e308]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +34,21 @@ def test_a_row_can_be_read_as_soon_as_it_is_written(tmp_path: Path) -> None:
     sink.write(ROWS[0])
     assert read_rows(tmp_path / "metrics.jsonl") == [ROWS[0]]
     sink.close()
+
+
+def test_what_is_not_finite_becomes_null(tmp_path: Path) -> None:
+    sink = JsonLines(tmp_path / "metrics.jsonl")
+    sink.write({"event": "train", "step": 1, "loss": float("nan"), "losses": {"a": float("inf"), "b": 1.0}})
+    sink.close()
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    assert read_rows(tmp_path / "metrics.jsonl")[0]["losses"] == {"a": None, "b": 1.0}
+
+
+def test_rows_that_are_no_metrics_are_passed_over(tmp_path: Path) -> None:
+    strange = ['{"event": "eval"}', '{"step": 3}', '{"event": "eval", "step": "x"}', "[" * 10_000, "7"]
+    lines = [*strange, json.dumps(ROWS[0])]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert read_rows(tmp_path / "metrics.jsonl") == [ROWS[0]]
 
 
 def test_tensorboard_holds_every_scalar_at_its_step(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from megactx import checkpoint, cli
+from megactx.files import lock
 from megactx.metrics import read_rows
 from megactx.optim import learning_rate_at
 
@@ -238,9 +239,71 @@ def test_another_architecture_or_other_data_is_not_continued(
     assert content(tmp_path / "run")[0] == 8
 
 
+def test_two_runs_do_not_share_a_folder(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with lock(tmp_path / "run", "test"):
+        assert train(bundle, tmp_path / "run") == 2
+    assert "out_dir: another process is writing in" in capsys.readouterr().err
+    assert train(bundle, tmp_path / "run") == 0
+
+
+def test_a_checkpoint_folder_is_not_a_run_folder(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(bundle, tmp_path / "run") == 0
+    assert train(bundle, tmp_path / "run" / "step-00000008") == 2
+    assert "is a checkpoint; give the folder of the run" in capsys.readouterr().err
+
+
+def test_another_optimizer_is_not_continued(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(bundle, tmp_path / "run") == 0
+    assert train(bundle, tmp_path / "run", "--optimizer=muon", "--max_iters=10") == 2
+    assert "optimizer: checkpoint has 'adamw', asked for 'muon'" in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_costs_no_update(bundle: Path, tmp_path: Path) -> None:
+    process = spawn(bundle, tmp_path / "run", "--max_iters=4000", "--eval_interval=2000", "--log_interval=1")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 5/"):
+            break
+    process.stdout.close()
+    process.wait(60)
+    assert 5 <= content(tmp_path / "run")[0] < 4000
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_metrics_that_cannot_be_written_are_named_and_the_state_is_saved(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").symlink_to("/dev/full")
+    assert train(bundle, tmp_path / "run", "--eval_interval=1000", "--log_interval=5") == 2
+    assert "No space left on device: " in capsys.readouterr().err
+    assert content(tmp_path / "run")[0] == 0
+
+
+def test_metrics_of_an_earlier_run_are_set_aside(bundle: Path, tmp_path: Path) -> None:
+    assert train(bundle, tmp_path / "run", "--max_iters=4") == 0
+    rows = losses(tmp_path / "run")
+    for folder in checkpoint.step_folders(tmp_path / "run"):
+        shutil.rmtree(folder)
+    assert train(bundle, tmp_path / "run", "--max_iters=4") == 0
+    assert len(read_rows(tmp_path / "run" / "metrics-1.jsonl")) == len(rows)
+    assert losses(tmp_path / "run") == rows
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--learning_rate=inf"], "learning_rate: expected a finite number, got inf"),
+        (["--weight_decay=nan"], "weight_decay: expected a finite number, got nan"),
+        (["--min_lr=-1"], "min_lr: expected a number of at least 0, got -1.0"),
+        (["--seed=-1"], "seed: expected a number in [0, 2^63), got -1"),
+        (["--context_weights", "text=1", "text=2"], "context_weights: 'text' is given twice"),
         (["--max_iters=0"], "max_iters: expected a number above 0, got 0"),
         (["--dropout=1.5"], "dropout: expected a number in [0, 1), got 1.5"),
         (["--keep_checkpoints=1"], "keep_checkpoints: expected at least 2, got 1"),
@@ -286,6 +349,9 @@ def test_a_config_file_sets_what_the_command_line_does_not(bundle: Path, tmp_pat
         ('{"optimizer": "sgd"}', "optimizer: expected one of adamw, muon, got 'sgd'"),
         ("[1]", "expected an object of settings"),
         ("{", "is not valid"),
+        ("[" * 100_000, "is not valid"),
+        ('{"learning_rate": 1' + "0" * 400 + "}", "learning_rate: expected float"),
+        ('{"min_lr": Infinity}', "min_lr: expected a finite number"),
     ],
 )
 def test_a_bad_config_file_is_refused_by_field(

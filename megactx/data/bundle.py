@@ -8,9 +8,8 @@ sub-folder can be used alone. Whatever does not fit together is refused by the n
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
+import reprlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -23,6 +22,7 @@ from megactx.data.entropy import entropies
 from megactx.data.numeric import NumericScale, measure_scale
 from megactx.data.tokenizers import Tokenizer, tokenizer_from_json
 from megactx.errors import MegactxError
+from megactx.files import read_json, sha256_of
 
 FORMAT, VERSION = "megactx-bundle", 1
 MANIFEST, META = "manifest.json", "meta.json"
@@ -70,25 +70,46 @@ class ContextInfo:
         wrong = sorted({field.name for field in fields(cls)} ^ set(data))
         if wrong:
             raise MegactxError(f"context {name!r}: the manifest entry lacks or does not know {', '.join(wrong)}")
-        for key in ("tokenizer", "tokens", "sha256", "entropy"):
-            if not isinstance(data[key], dict):
-                raise MegactxError(f"context {name!r}: {key} of the manifest entry is not an object")
-        try:
-            info = cls(**{**data, "numeric": NumericScale(**data["numeric"]) if data["numeric"] else None})
-        except TypeError:
-            raise MegactxError(f"context {name!r}: damaged numeric scale {data['numeric']!r}") from None
+        for path, kinds in _ENTRY.items():
+            _check_entry(name, data, path, kinds)
+        if data["numeric"] is not None:
+            for field in fields(NumericScale):
+                _check_entry(name, data, f"numeric.{field.name}", (int, float))
+        info = cls(**{**data, "numeric": NumericScale(**data["numeric"]) if data["numeric"] else None})
         if info.kind not in ("categorical", "numeric") or (info.kind == "numeric") != (info.numeric is not None):
             raise MegactxError(f"context {name!r}: kind {info.kind!r} and numeric scale do not fit together")
-        if not isinstance(info.vocab_size, int) or info.vocab_size < 1:
+        if info.vocab_size < 1:
             raise MegactxError(f"context {name!r}: vocab_size must be a positive whole number, got {info.vocab_size!r}")
         if info.dtype not in DTYPES or info.vocab_size > 1 << 8 * DTYPES[info.dtype].itemsize:
             raise MegactxError(f"context {name!r}: dtype {info.dtype!r} cannot hold {info.vocab_size} symbols")
-        if any(not isinstance(info.tokens.get(split), int) for split in SPLITS):
-            raise MegactxError(f"context {name!r}: tokens of the manifest entry lack a split")
         return info
 
     def load_tokenizer(self) -> Tokenizer:
         return tokenizer_from_json(self.tokenizer)
+
+
+# What an entry of the manifest holds, down to the values that are used without another look.
+_ENTRY: dict[str, tuple[type, ...]] = {
+    "vocab_size": (int,),
+    "dtype": (str,),
+    "tokenizer.kind": (str,),
+    "numeric": (dict, type(None)),
+    "derived": (dict, type(None)),
+    "tokens.train": (int,),
+    "tokens.val": (int,),
+    "sha256.train": (str,),
+    "sha256.val": (str,),
+    "entropy.unigram": (int, float),
+    "entropy.bigram": (int, float),
+}
+
+
+def _check_entry(name: str, data: dict[str, Any], path: str, kinds: tuple[type, ...]) -> None:
+    value: Any = data
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise MegactxError(f"context {name!r}: {path} of the manifest entry is {reprlib.repr(value)}")
 
 
 def measure_context(
@@ -160,23 +181,6 @@ def refuse_duplicates(names: Sequence[str]) -> None:
             raise MegactxError(f"context {name!r} is listed twice")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MegactxError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:
-        raise MegactxError(f"{path} cannot be read: {error}") from None
-    if not isinstance(data, dict):
-        raise MegactxError(f"{path} does not hold a JSON object")
-    return data
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 class Bundle:
     """Aligned contexts, open for reading. `arrays` holds, per split, one id array per context."""
 
@@ -245,6 +249,12 @@ class Bundle:
         """What a checkpoint embeds: everything needed to read prompts and to print samples without the bundle."""
         return {**self.manifest, "contexts": [info.to_json() for info in self.contexts]}
 
+    @property
+    def source(self) -> dict[str, Any]:
+        """Where the data came from, as `prepare` noted it."""
+        found = self.manifest.get("source")
+        return found if isinstance(found, dict) else {}
+
     def _refuse_misaligned(self, split: Split) -> None:
         arrays = self._arrays[split]
         for info, array in zip(self.contexts, arrays, strict=True):
@@ -294,7 +304,7 @@ def find_damage(folder: Path, info: ContextInfo, *, contents: bool) -> list[str]
                 f"{label} has {size} bytes, expected {expected} ({info.tokens[split]} tokens of {info.dtype})"
             )
         elif contents:
-            if file_sha256(path) != info.sha256.get(split):
+            if sha256_of(path) != info.sha256.get(split):
                 problems.append(f"{label} does not match its recorded SHA-256")
             ids = map_ids(path, info.dtype)
             largest = max(int(ids[at : at + _SCAN].max()) for at in range(0, ids.size, _SCAN))

@@ -298,6 +298,8 @@ class DerivedSpec:
             key, _, value = part.partition("=")
             if not re.fullmatch(r"[+-]?[0-9]{1,9}", value):
                 raise MegactxError(f"derived context {text!r}: {part!r} is not argument=whole number")
+            if key in given:
+                raise MegactxError(f"derived context {text!r}: {key!r} is given twice")
             given[key] = int(value)
         derivation = find_derivation(function)
         return cls(match[1] if match[1] is not None else function, derivation.name, derivation.arguments(given))

@@ -8,6 +8,7 @@ half as many ids, all of them wrong, without an error.
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,21 +28,21 @@ from megactx.data.bundle import (
     ContextInfo,
     Split,
     dtype_for,
-    file_sha256,
     find_damage,
     map_ids,
     measure_context,
-    read_json,
     refuse_duplicates,
 )
 from megactx.data.legacy_pickle import read_plain_pickle
 from megactx.data.numeric import measure_scale, quantise
 from megactx.data.tokenizers import CharTokenizer, IntegerTokenizer, NumericTokenizer
 from megactx.errors import MegactxError
+from megactx.files import read_json, sha256_of
 
 Array = NDArray[Any]
 Opened = tuple[ContextInfo, tuple[Array, Array]]
 
+MAX_SYMBOLS = 1 << 24  # far above any vocabulary: a damaged size must not become an allocation
 HALF_BITS = ("sinewave_fp16_bits", "csv_fp16_bits")
 KINDS = ("(plain char)", "byte", "tiktoken", "csv_integer_range", "sinewave", "csv_quantized_int", *HALF_BITS)
 
@@ -109,13 +110,13 @@ def _open_legacy(folder: Path, name: str) -> Opened:
         raise MegactxError(f"context {name!r}: {folder} holds neither {META} nor meta.pkl")
     meta = read_plain_pickle(folder / "meta.pkl")
     size = meta.get("vocab_size") if isinstance(meta, dict) else None
-    if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= 1 << 31:
-        raise MegactxError(f"context {name!r}: meta.pkl has no usable vocab_size (found {size!r})")
+    if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= MAX_SYMBOLS:
+        raise MegactxError(f"context {name!r}: meta.pkl has no usable vocab_size (found {reprlib.repr(size)})")
     dtype = _file_dtype(folder, name, size)
     arrays = (map_ids(folder / "train.bin", dtype), map_ids(folder / "val.bin", dtype))
     kind = meta.get("tokenizer")
     if kind in HALF_BITS or meta.get("numerical_multicontext_input_format") == "fp16_bits":
-        return _from_half_bits(name, arrays)
+        return _from_half_bits(name, arrays, _hashes(folder))
     if kind == "csv_quantized_int":
         minimum, step = _quantisation(name, meta.get("quantization"))
         tokenizer = NumericTokenizer(minimum, step, size).to_json()
@@ -128,7 +129,7 @@ def _open_legacy(folder: Path, name: str) -> Opened:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    return {split: file_sha256(folder / f"{split}.bin") for split in SPLITS}
+    return {split: sha256_of(folder / f"{split}.bin") for split in SPLITS}
 
 
 def _file_dtype(folder: Path, name: str, vocab_size: int) -> str:
@@ -151,9 +152,8 @@ def _file_dtype(folder: Path, name: str, vocab_size: int) -> str:
             )
         if dtype == "uint16":
             # uint32 ids of a small vocabulary, read as uint16: every second one is 0, and the others are not all 0.
-            if ids.size % 2 or ids[1::2].any():
-                return dtype
-            looks_wide |= bool(ids[::2].any())
+            narrow = ids.size % 2 == 1 or bool(ids[1::2].any())
+            looks_wide |= not narrow and bool(ids[::2].any())
     if looks_wide:
         raise MegactxError(
             f"context {name!r}: {folder} may hold uint16 or uint32 ids (every second 16-bit word is 0), and a "
@@ -174,20 +174,22 @@ def _tokenizer(name: str, kind: Any, meta: dict[str, Any], size: int) -> dict[st
     if kind == "csv_integer_range":
         low, high = meta.get("int_min"), meta.get("int_max")
         if not isinstance(low, int) or not isinstance(high, int) or high - low + 1 != size:
-            raise MegactxError(f"context {name!r}: int_min {low!r} and int_max {high!r} do not make {size} symbols")
+            bounds = f"int_min {reprlib.repr(low)} and int_max {reprlib.repr(high)}"
+            raise MegactxError(f"context {name!r}: {bounds} do not make {size} symbols")
         return IntegerTokenizer(low, high).to_json()
     raise MegactxError(
-        f"context {name!r}: meta.pkl describes a tokenizer {kind!r} that cannot be read (known: {', '.join(KINDS)})"
+        f"context {name!r}: meta.pkl describes a tokenizer {reprlib.repr(kind)} that cannot be read "
+        f"(known: {', '.join(KINDS)})"
     )
 
 
 def _characters(name: str, itos: Any, size: int) -> str:
     table = itos if isinstance(itos, dict) else dict(enumerate(itos)) if isinstance(itos, (list, tuple)) else {}
-    if set(table) != set(range(size)):
+    if len(table) != size or set(table) != set(range(size)):
         raise MegactxError(f"context {name!r}: the itos table of meta.pkl does not hold ids 0..{size - 1}")
     for i in range(size):
         if not isinstance(table[i], str) or len(table[i]) != 1:
-            raise MegactxError(f"context {name!r}: id {i} stands for {table[i]!r}, expected one character")
+            raise MegactxError(f"context {name!r}: id {i} stands for {reprlib.repr(table[i])}, expected one character")
     return "".join(table[i] for i in range(size))
 
 
@@ -204,22 +206,25 @@ def _quantisation(name: str, data: Any) -> tuple[float, float]:
                 step = (float(data["raw_max"]) - float(data["raw_min"])) / target
                 minimum = float(data["raw_min"]) - step * float(data["target_min"])
             case kind:
-                raise MegactxError(f"context {name!r}: unknown quantization {kind!r}")
-    except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise MegactxError(f"context {name!r}: damaged quantization in meta.pkl ({error})") from None
+                raise MegactxError(f"context {name!r}: unknown quantization {reprlib.repr(kind)}")
+    except MegactxError:
+        raise
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise MegactxError(f"context {name!r}: damaged quantization in meta.pkl ({reprlib.repr(error)})") from None
     if not (np.isfinite(minimum) and np.isfinite(step) and step > 0):
         raise MegactxError(f"context {name!r}: quantization in meta.pkl gives minimum {minimum} and step {step}")
     return minimum, step
 
 
-def _from_half_bits(name: str, arrays: tuple[Array, Array]) -> Opened:
+def _from_half_bits(name: str, arrays: tuple[Array, Array], sha256: dict[str, str]) -> Opened:
     """IEEE half bit patterns become values, and the values codes of an even grid."""
     values = [np.asarray(ids).astype("<u2").view("<f2").astype(np.float64) for ids in arrays]
     codes, minimum, step, size = quantise(np.concatenate(values), name)
     cut = values[0].size
     coded = (codes[:cut], codes[cut:])
     tokenizer = NumericTokenizer(minimum, step, size).to_json()
-    return measure_context(name, "numeric", size, tokenizer, coded, grid=(minimum, step)), coded
+    info = measure_context(name, "numeric", size, tokenizer, coded, grid=(minimum, step), sha256=sha256)
+    return info, coded
 
 
 def _as_numeric(info: ContextInfo, arrays: tuple[Array, Array]) -> Opened:

@@ -71,7 +71,10 @@ def quantise(values: NDArray[Any], name: str) -> tuple[NDArray[np.int64], float,
             break
         grid = (values - low) * factor
         codes = np.rint(grid)
-        if np.abs(grid - codes).max() <= 4 * np.finfo(np.float64).eps * max(largest * factor, 1.0) + 1e-9:
+        # What rounding in the decimal text and in the subtraction can explain; past a hundredth of a step it proves
+        # nothing any more.
+        tolerance = 8 * np.finfo(np.float64).eps * largest * factor
+        if tolerance < 0.01 and codes.max() > 0 and np.abs(grid - codes).max() <= tolerance:
             return codes.astype(np.int64), low, 1.0 / factor, int(codes.max()) + 1
     step = span / (MAX_CODES - 1)
     if step == 0:

@@ -59,7 +59,10 @@ def read_files(
 
 
 def _inside(folder: Path, pattern: str) -> list[Path]:
-    files = [(file.relative_to(folder), file) for file in folder.rglob(pattern) if file.is_file()]
+    try:
+        files = [(file.relative_to(folder), file) for file in folder.rglob(pattern) if file.is_file()]
+    except (NotImplementedError, ValueError):
+        raise MegactxError(f"glob: expected a relative pattern such as '*.txt', got {pattern!r}") from None
     files = sorted((inner, file) for inner, file in files if not any(part.startswith(".") for part in inner.parts))
     if not files:
         raise MegactxError(f"input folder {folder} has no file that matches {pattern!r}")
@@ -134,7 +137,7 @@ def _join(documents: Iterable[bytes], source: dict[str, Any], max_bytes: int | N
     if max_bytes is not None and len(data) > max_bytes:
         data = _cut(data, max_bytes)
     if not data:
-        raise MegactxError("the input is empty")
+        raise MegactxError(f"the input is empty: {source['files']} files with text in it ({source['kind']})")
     return Corpus(data, {**source, "bytes": len(data)})
 
 

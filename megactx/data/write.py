@@ -1,16 +1,15 @@
 """Writing a bundle: everything into a temporary folder beside the target, synced, then renamed into place.
 
-Whoever looks at the target path sees the old bundle or the complete new one, also after a crash or a full disk. The
-same input gives the same bytes: nothing in a bundle depends on the clock, the machine or the order of a directory
-listing.
+Whoever looks at the target path sees the old bundle or the complete new one, also after a full disk. A process killed
+between the two renames of a replacement leaves the old bundle beside the target; the next `prepare` of that target
+puts it back, and clears away what a killed one was writing. The same input gives the same bytes: nothing in a bundle
+depends on the clock, the machine or the order of a directory listing.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import secrets
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +33,7 @@ from megactx.data.bundle import (
     refuse_duplicates,
 )
 from megactx.errors import MegactxError
+from megactx.files import lock, sync, write_json
 
 Array = NDArray[Any]
 _CHUNK = 1 << 22
@@ -72,25 +72,19 @@ def write_bundle(
     the new one is complete; a folder that holds anything else is never touched."""
     path = Path(path)
     check_contexts(contexts)
-    check_target(path, overwrite=overwrite)
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+    workshop = path.resolve().parent / f".{path.resolve().name}.preparing"
     try:
-        temporary.mkdir(parents=True)
-        infos = [_write_context(temporary / context.name, context) for context in contexts]
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "source": source,
-            "tokens": infos[0].tokens,
-            "contexts": [info.to_json() for info in infos],
-        }
-        _write_json(temporary / MANIFEST, manifest)
-        _sync_folder(temporary)
-        _move_into_place(temporary, path)
+        with lock(workshop, "out_dir"):
+            try:
+                _recover(workshop, path)
+                check_target(path, overwrite=overwrite)
+                manifest = _write_folder(workshop / "new", contexts, source)
+                _move_into_place(workshop, path)
+            finally:
+                if not (workshop / "old").exists():
+                    shutil.rmtree(workshop, ignore_errors=True)
     except OSError as error:
         raise MegactxError(f"cannot write the bundle {path}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return manifest
 
 
@@ -137,8 +131,8 @@ def _write_context(folder: Path, context: NewContext) -> ContextInfo:
         for split, array in zip(SPLITS, context.arrays, strict=True)
     }
     info = replace(info, sha256=sha256)
-    _write_json(folder / META, info.to_json())
-    _sync_folder(folder)
+    write_json(folder / META, info.to_json())
+    sync(folder)
     return info
 
 
@@ -154,34 +148,43 @@ def _write_ids(path: Path, ids: Array, dtype: np.dtype[Any]) -> str:
     return digest.hexdigest()
 
 
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(data, file, indent=1, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+def _write_folder(folder: Path, contexts: Sequence[NewContext], source: dict[str, Any]) -> dict[str, Any]:
+    folder.mkdir()
+    infos = [_write_context(folder / context.name, context) for context in contexts]
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "source": source,
+        "tokens": infos[0].tokens,
+        "contexts": [info.to_json() for info in infos],
+    }
+    write_json(folder / MANIFEST, manifest)
+    sync(folder)
+    return manifest
 
 
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _recover(workshop: Path, path: Path) -> None:
+    """Undoes what a killed process left in the hidden folder beside the target: an unfinished bundle, or the old one of
+    a replacement that was cut between its two renames."""
+    shutil.rmtree(workshop / "new", ignore_errors=True)
+    old = workshop / "old"
+    if old.exists():
+        if path.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(path)
 
 
-def _move_into_place(temporary: Path, path: Path) -> None:
+def _move_into_place(workshop: Path, path: Path) -> None:
     """Rename, with the old bundle set aside until the new one is in place."""
-    old = temporary.with_suffix(".old")
-    replaced = path.exists()
-    if replaced:
+    old = workshop / "old"
+    if path.exists():
         path.rename(old)
     try:
-        temporary.rename(path)
-    except OSError:
-        if replaced:
+        (workshop / "new").rename(path)
+    except BaseException:
+        if old.exists():
             old.rename(path)
         raise
-    _sync_folder(path.parent)
-    if replaced:
-        shutil.rmtree(old, ignore_errors=True)
+    sync(path.resolve().parent)
+    shutil.rmtree(old, ignore_errors=True)
