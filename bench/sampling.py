@@ -168,7 +168,7 @@ def main() -> None:
             f"{row['over_single']:9.3f}"
         )
     if args.json:
-        save(args.json, "sampling", results)
+        save(args.json, "sampling", facts, results)
 
 
 if __name__ == "__main__":

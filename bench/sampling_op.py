@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--json", help="also write every round, and where it ran, to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    where = provenance()
 
     names = ["C++", "reference", "eager loop", "compiled loop"]
     table = Table("case (microseconds a call)", *names, "C++ against eager", "against compiled", box=None)
@@ -121,11 +122,10 @@ def main() -> None:
         table.add_row(case.name, *(f"{medians[n] * 1e6:,.1f}" if n in medians else "not built" for n in names), *ratios)
         results.append({"case": asdict(case), "seconds": seconds})
         print(f"timed {case.name}", file=sys.stderr)
-    where = provenance()
     Console(width=160).print(table)
     print(f"{where['device']}, {where['threads']} threads, torch {where['torch']}, median of {args.rounds} rounds")
     if args.json:
-        save(args.json, "sampling_op", results)
+        save(args.json, "sampling_op", where, results)
 
 
 if __name__ == "__main__":

@@ -60,11 +60,11 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def save(path: str | Path, name: str, results: Any) -> None:
-    """Writes `{"benchmark", "provenance", "results"}` to `path`."""
+def save(path: str | Path, name: str, facts: dict[str, Any], results: Any) -> None:
+    """Writes `{"benchmark", "provenance", "results"}` to `path`; `facts` is `provenance()` from before the run."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"benchmark": name, "provenance": provenance(), "results": results}, indent=1) + "\n")
+    path.write_text(json.dumps({"benchmark": name, "provenance": facts, "results": results}, indent=1) + "\n")
 
 
 def _git(*arguments: str) -> str:

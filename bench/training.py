@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from timing import interleave, save, spread
+from timing import interleave, provenance, save, spread
 
 from megactx import cli
 from megactx.data.bundle import Bundle
@@ -39,18 +39,24 @@ def naive_batch(bundle: Bundle, generator: np.random.Generator, rows: int, lengt
     return x, y
 
 
+def run(*arguments: str) -> None:
+    if cli.main(list(arguments)) != 0:
+        raise SystemExit(f"megactx {arguments[0]} failed")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=int, default=60)
     parser.add_argument("--json", help="write the figures here")
     args = parser.parse_args()
+    facts = provenance()
     with tempfile.TemporaryDirectory() as folder:
         data, out = Path(folder) / "data", Path(folder) / "run"
         source = ["--source", "python-stdlib", "--max_bytes", "2000000", "--contexts", "kind", "depth", "column"]
-        assert cli.main(["prepare", *source, "--out_dir", str(data)]) == 0
+        run("prepare", *source, "--out_dir", str(data))
         flags = [f"--max_iters={args.updates}", "--log_interval=1", f"--eval_interval={args.updates + 1}"]
         quiet = ["--eval_iters=1", "--sample_tokens=0", "--report=false"]
-        assert cli.main(["train", "--dataset", str(data), "--out_dir", str(out), *MODEL, *flags, *quiet]) == 0
+        run("train", "--dataset", str(data), "--out_dir", str(out), *MODEL, *flags, *quiet)
         rows = [row for row in read_rows(out / "metrics.jsonl") if row["event"] == "train"][5:]
         bundle = Bundle.open(data)
         loader, generator = WindowLoader(bundle, "train", 16, 256, seed=0), np.random.default_rng(0)
@@ -74,7 +80,7 @@ def main() -> None:
         table.add_row(f"one batch, {name} loader", f"{marks['median_ms']:.3f} ms")
     Console().print(table)
     if args.json:
-        save(args.json, "training", results)
+        save(args.json, "training", facts, results)
 
 
 if __name__ == "__main__":

@@ -205,7 +205,7 @@ def _write_folder(
     folder.mkdir()
     _write_tensors(folder / MODEL, model)
     _write_tensors(folder / OPTIMIZER, optimizer)
-    write_json(folder / STATE, {"step": step, **state})
+    write_json(folder / STATE, {**state, "step": step})
     files = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in CONTENT}
     write_json(folder / MANIFEST, {"format": FORMAT, "version": VERSION, "files": files})
     sync(folder)

@@ -36,8 +36,15 @@ def test_every_command_is_understood(command: str) -> None:
     cli.build_parser(name).parse_strictly(arguments)
 
 
+def test_its_figures_are_those_of_the_committed_measurements() -> None:
+    command = [sys.executable, str(ROOT / "bench" / "figures.py")]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert len(printed) > 500
+    assert printed in TEXT
+
+
 def test_every_file_it_names_is_there() -> None:
-    for path in re.findall(r"\b(?:bench|kernels|megactx|csrc|tests)/[\w./-]*\.\w+", TEXT):
+    for path in re.findall(r"\b(?:bench|kernels|megactx|csrc|tests)/[\w./-]*\.(?:py|json|cpp|h)\b", TEXT):
         assert (ROOT / path).is_file(), path
 
 

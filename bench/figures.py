@@ -1,0 +1,103 @@
+"""The README's figures, made from the committed measurements.
+
+    python bench/figures.py            prints them
+    python bench/figures.py --write    puts them between the markers in README.md
+
+Each table says which file it was made from; a test compares the README with what this prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+HISTORY = ROOT / "bench" / "history"
+BEGIN, END = "<!-- figures: python bench/figures.py --write -->\n", "<!-- end of figures -->\n"
+
+
+def load(path: Path) -> tuple[str, Any]:
+    """The caption of a measurement and its results."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    facts = data["provenance"]
+    where = f"{facts['device']}, {facts['cores']} cores, {facts['threads']} threads, torch {facts['torch']}"
+    return f"`{path.relative_to(ROOT)}`: {where}, commit {facts['commit']}", data["results"]
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def sampling(path: Path) -> str:
+    caption, results = load(path)
+    rows = [
+        [
+            row["case"],
+            f"{row['positions_per_second']:,.0f}",
+            f"{row['old_loop_positions_per_second']:,.0f}",
+            f"{row['speedup']:.1f}x",
+            f"{row['over_single']:.2f}x",
+        ]
+        for row in results
+    ]
+    head = ["generation", "positions/s", "uncached loop per context", "speed-up", "time of one context"]
+    return (
+        "One prompt of 4, 256 positions, window 256, 4 layers, width 128, top-k 20; `python bench/sampling.py`.\n\n"
+        + table(head, rows)
+        + f"\n{caption}\n"
+    )
+
+
+def sampling_op(path: Path) -> str:
+    caption, results = load(path)
+    rows = []
+    for row in results:
+        times = {name: 1e6 * median(values) for name, values in row["seconds"].items()}
+        ours = times["C++"]
+        cells = [f"{times[name]:,.0f}" for name in ("C++", "eager loop", "compiled loop", "reference")]
+        rivals = min(times["eager loop"], times["compiled loop"])
+        rows.append([row["case"]["name"], *cells, f"{rivals / ours:.1f}x"])
+    head = ["`sample_contexts`, µs a call", "C++", "eager loop", "compiled loop", "reference", "best rival / C++"]
+    return f"`python bench/sampling_op.py`.\n\n{table(head, rows)}\n{caption}\n"
+
+
+def training(path: Path) -> str:
+    caption, results = load(path)
+    loader = {name: f"{marks['median_ms']:.3f} ms" for name, marks in results["loader"].items()}
+    rows = [
+        ["update, batch 16 x 256, 4 contexts, 4 layers, width 128", f"{results['update_ms']:.0f} ms"],
+        ["throughput", f"{results['tokens_per_second']:,.0f} tokens/s"],
+        ["share of the update spent on data", f"{results['data_share_percent']:.2f} %"],
+        ["one batch from our loader", loader["megactx"]],
+        ["one batch, sliced row by row as nanoGPT does", loader["naive"]],
+    ]
+    return f"`python bench/training.py`.\n\n{table(['training', 'figure'], rows)}\n{caption}\n"
+
+
+def figures() -> str:
+    sections = []
+    for folder in sorted(path for path in HISTORY.iterdir() if path.is_dir()):
+        for name, draw in (("sampling", sampling), ("sampling_op", sampling_op), ("training", training)):
+            if (folder / f"{name}.json").is_file():
+                sections.append(draw(folder / f"{name}.json"))
+    return "\n".join(sections)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="rewrite the figures in README.md")
+    args = parser.parse_args()
+    if not args.write:
+        print(figures(), end="")
+        return
+    readme = ROOT / "README.md"
+    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    readme.write_text(before + BEGIN + "\n" + figures() + "\n" + END + rest.partition(END)[2], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
