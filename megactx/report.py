@@ -1,6 +1,6 @@
 """Draw the report of a training run: losses.png and report.html in its folder.
 
-Everything comes from files the run left behind (metrics.jsonl, the newest checkpoint, sample.json), so a report can be
+Everything comes from files the run left behind (metrics.jsonl, the newest checkpoint, samples.json), so a report can be
 redrawn at any time. The page is one file that opens from disk: the plot is embedded and nothing is fetched.
 """
 
@@ -23,6 +23,7 @@ from megactx.files import read_json
 from megactx.metrics import METRICS, read_rows, yardsticks
 from megactx.progress import duration, quantity
 
+SAMPLES = "samples.json"  # what training leaves for the report: ids, and how many of them are the prompt
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
@@ -103,7 +104,7 @@ def _page(out_dir: Path, found: checkpoint.Checkpoint, rows: list[dict[str, Any]
     image = base64.b64encode(picture.read_bytes()).decode("ascii")
     parts = [
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>megactx: {html.escape(out_dir.name)}</title>",
-        f"<style>{STYLE}</style><h1>Training run {html.escape(out_dir.name)}, step {found.step}</h1>",
+        f"<style>{STYLE}</style><h1>Training run {html.escape(str(out_dir))}, step {found.step}</h1>",
         "<h2>Losses per context</h2>",
         _losses_table([row for row in rows if row["event"] == "eval"][-1], contexts),
         "<p class='note'>Unigram and bigram are the entropies of the training split: what a model with no history, and "
@@ -185,18 +186,19 @@ def _versions() -> list[tuple[str, str]]:
 
 
 def _sample_section(out_dir: Path, manifest: dict[str, Any]) -> str:
-    path = out_dir / "sample.json"
+    path = out_dir / SAMPLES
     if not path.exists():
         return ""
     from megactx.display import to_html
 
     sample = read_json(path)
-    if not {"step", "ids", "prompt_tokens"} <= sample.keys():
-        raise MegactxError(f"{path} is not a sample that training wrote")
-    lanes = to_html(manifest, sample["ids"], prompt_tokens=sample["prompt_tokens"])
+    if not {"step", "samples", "prompt_tokens"} <= sample.keys():
+        raise MegactxError(f"{path} does not hold samples that training wrote")
+    lanes = [to_html(manifest, ids, prompt_tokens=sample["prompt_tokens"]) for ids in sample["samples"]]
     return (
-        f"<h2>Sample at step {sample['step']}</h2><p class='note'>The first {sample['prompt_tokens']} tokens are the "
-        f"prompt, from the validation split. Each line of text has its other contexts under it.</p><pre>{lanes}</pre>"
+        f"<h2>Samples at step {sample['step']}</h2><p class='note'>The first {sample['prompt_tokens']} tokens of each, "
+        "in bold, are the prompt, from the validation split. Each line of text has its other contexts under it.</p>"
+        + "".join(f"<pre>{text}</pre>" for text in lanes)
     )
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from megactx.config import GPTConfig
     from megactx.data.bundle import Bundle
     from megactx.metrics import Sink
+    from megactx.trainer import Trainer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,21 +53,23 @@ def run(args: argparse.Namespace) -> int:
     device = pick_device(config.device)
     torch.manual_seed(config.seed)  # initialisation and dropout; the windows have their own counter-based generator
     with StopSignal() as stop, lock(Path(config.out_dir), "out_dir"):
-        sinks = open_sinks(config, found.step if found else None)
-        trainer = Trainer(config, GPT(model_config).to(device), bundle, device, sinks)
+        trainer = Trainer(config, GPT(model_config).to(device), bundle, device)
         if found:
             trainer.restore(found)
+        sinks = open_sinks(config, found.step if found else None)
+        if found:
             rows = read_rows(Path(config.out_dir) / METRICS)
             trainer.evaluated_step = max((row["step"] for row in rows if row["event"] == "eval"), default=-1)
         with Progress(config.max_iters, config.max_minutes and config.max_minutes * 60) as progress:
             progress.note(describe(config, trainer.model, bundle, device, found))
-            finished = trainer.fit(progress, stop)
+            finished = trainer.fit(progress, stop, sinks)
         for sink in sinks:
             sink.close()
     if not finished:
         print(f"stopped by signal {stop.number} at step {trainer.step}; the same command continues", file=sys.stderr)
         return 128 + (stop.number or 0)
-    _draw_sample(config, trainer)
+    if config.sample_tokens:
+        _draw_samples(config, trainer)
     if config.report:
         from megactx.report import write_report
 
@@ -230,27 +233,27 @@ def _check_same_run(found: Checkpoint, config: TrainConfig, model_config: GPTCon
         raise MegactxError(f"cannot resume {found.path}: " + "; ".join(changed))
 
 
-def _draw_sample(config: TrainConfig, trainer: Any) -> None:
-    """A continuation of the first validation tokens, kept for the report as ids beside their prompt's length."""
-    if config.sample_tokens == 0:
-        return
+def _draw_samples(config: TrainConfig, trainer: Trainer) -> None:
+    """Continuations of two places of the validation split, kept for the report as ids."""
     import json
 
     import numpy as np
     import torch
 
     from megactx.generate import generate
+    from megactx.report import SAMPLES
 
-    bundle = trainer.bundle
-    length = min(32, bundle.length("val"), config.block_size)
-    prompt = torch.from_numpy(np.stack([part[:length].astype(np.int64) for part in bundle.split("val")], axis=-1))
+    parts, length = trainer.bundle.split("val"), trainer.bundle.length("val")
+    size = min(32, length // 2, config.block_size)
+    places = [np.stack([part[at : at + size] for part in parts], axis=-1) for at in (0, length // 2)]
+    prompts = torch.from_numpy(np.stack(places).astype(np.int64))
     trainer.model.eval()
     drawn = generate(
-        trainer.model, prompt[None].to(trainer.device), config.sample_tokens, temperature=0.8, seeds=config.seed
+        trainer.model, prompts.to(trainer.device), config.sample_tokens, temperature=0.8, seeds=config.seed
     )
-    ids = torch.cat([prompt, torch.stack([row[0].cpu() for row in drawn])])
-    sample = {"step": trainer.step, "prompt_tokens": length, "ids": ids.tolist()}
-    (Path(config.out_dir) / "sample.json").write_text(json.dumps(sample))
+    ids = torch.cat([prompts, torch.stack([row.cpu() for row in drawn], dim=1)], dim=1)
+    samples = {"step": trainer.step, "prompt_tokens": size, "samples": ids.tolist()}
+    (Path(config.out_dir) / SAMPLES).write_text(json.dumps(samples))
 
 
 if __name__ == "__main__":

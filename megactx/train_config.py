@@ -96,7 +96,7 @@ class TrainConfig:
     save_interval: int | None = _flag(None, "run", "updates between checkpoints (default: eval_interval)", int)
     keep_checkpoints: int = _flag(2, "run", "newest checkpoints to keep, at least 2", int)
     log_interval: int = _flag(10, "run", "updates between metric rows", int)
-    sample_tokens: int = _flag(256, "run", "tokens of the sample drawn for the report (0: none)", int)
+    sample_tokens: int = _flag(256, "run", "tokens of the samples drawn for the report (0: none)", int)
     seed: int = _flag(1337, "run", "seed of initialisation, windows and dropout", int)
     device: str = _flag("auto", "run", "auto, cpu, cuda or cuda:N")
     dtype: str = _flag(

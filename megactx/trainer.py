@@ -61,10 +61,9 @@ class StopSignal(AbstractContextManager["StopSignal"]):
 class Trainer:
     """One run on one device. `fit` returns when the run is complete, out of time, or told to stop."""
 
-    def __init__(
-        self, config: TrainConfig, model: GPT, bundle: Bundle, device: torch.device, sinks: Sequence[Sink] = ()
-    ) -> None:
-        self.config, self.model, self.bundle, self.device, self.sinks = config, model, bundle, device, sinks
+    def __init__(self, config: TrainConfig, model: GPT, bundle: Bundle, device: torch.device) -> None:
+        self.config, self.model, self.bundle, self.device = config, model, bundle, device
+        self.sinks: Sequence[Sink] = ()
         self.forward: Callable[..., Any] = torch.compile(model) if config.compile else model
         self.optimizers = build_optimizers(
             model,
@@ -134,8 +133,9 @@ class Trainer:
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
-    def fit(self, progress: Progress, stop: StopSignal) -> bool:
+    def fit(self, progress: Progress, stop: StopSignal, sinks: Sequence[Sink] = ()) -> bool:
         """Trains up to `max_iters`; True when it got there (or ran out of `max_minutes`), False when signalled."""
+        self.sinks = sinks
         try:
             return self._loop(progress, stop)
         except OSError:

@@ -218,7 +218,7 @@ def test_the_report_is_one_page_that_opens_from_disk(bundle: Path, tmp_path: Pat
     assert train(bundle, tmp_path / "run", "--report=true", "--sample_tokens=20") == 0
     page = (tmp_path / "run" / "report.html").read_text()
     assert (tmp_path / "run" / "losses.png").read_bytes().startswith(b"\x89PNG")
-    for word in ("text", "case", "depth", "column", "bigram", "data:image/png;base64", "Sample at step 8", "torch"):
+    for word in ("text", "case", "depth", "column", "bigram", "data:image/png;base64", "Samples at step 8", "torch"):
         assert word in page
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
 
