@@ -88,7 +88,8 @@ class BuildExt(build_ext):
             if "bdist_wheel" in self.distribution.command_obj:  # what is left is not tied to a platform
                 self.distribution.command_obj["bdist_wheel"].root_is_pure = True
             compiler = isinstance(error, (CompileError, LinkError))  # whose own output says more than its command line
-            say("the compiler failed, see above" if compiler else str(error).splitlines()[0])
+            text = (str(error) or type(error).__name__).splitlines()[0]
+            say("the compiler failed, see above" if compiler else text)
 
     def _add_torch(self) -> None:
         import torch

@@ -12,12 +12,14 @@ A family registers its reference, shape function and derivative by `register`; a
 `implement(name, "triton", function)`; the extension holds only implementations and is loaded after the schemas exist.
 
 `use_backend("reference")` leaves the dispatcher out: the plain function is called, is differentiable as often as
-one likes and takes float64.  Naming `triton` or `cpp` demands that one, and is an error where it cannot run.
+one likes, forwards too, and takes float64.  Naming `triton` or `cpp` demands that one, and is an error where it
+cannot run.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from ._runtime import without_autocast
 
@@ -79,6 +82,24 @@ SCHEMAS = {
     ),
 }
 
+
+def _checked_backend(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+class _Choice(threading.local):
+    """The backend in force in this thread."""
+
+    def __init__(self) -> None:  # runs once per thread
+        self.name = _DEFAULT  # on the object: an attribute of the class would escape Dynamo's guards
+
+
+# Before the namespace is taken: a module that fails to import is imported again at the next use.
+_DEFAULT = _checked_backend(os.environ.get("MEGACTX_BACKEND") or "auto", "MEGACTX_BACKEND")
+_choice = _Choice()
+
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
@@ -110,13 +131,19 @@ class Operator:
     overload: Callable[..., Any]
 
     def __call__(self, *args: Any) -> Any:
-        if _choice == "auto":
-            return self.overload(*args)
-        if _choice == "reference":
+        choice = _choice.name
+        if choice == "reference":
             return self.reference(*args)
-        reason = why_not(self.name, _choice, next(a.device.type for a in args if isinstance(a, torch.Tensor)))
-        if reason:
-            raise ValueError(f'backend "{_choice}" cannot run {NAMESPACE}::{self.name}: {reason}')
+        if forward_ad._current_level >= 0:  # an operator has no forward derivative, and its tangents would be zero
+            raise RuntimeError(
+                f"{NAMESPACE}::{self.name} has no forward-mode derivative (jvp, jacfwd, dual_level): "
+                'compute it under megactx.kernels.use_backend("reference")'
+            )
+        if choice != "auto":
+            device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
+            reason = why_not(self.name, choice, device)
+            if reason:
+                raise ValueError(f'backend "{choice}" cannot run {NAMESPACE}::{self.name}: {reason}')
         return self.overload(*args)
 
 
@@ -187,25 +214,17 @@ def backends() -> dict[str, dict[str, str]]:
     return {name: {b: why_not(name, b) or "live" for b in BACKENDS if b != "auto"} for name in SCHEMAS}
 
 
-def _checked_backend(name: str, source: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
-    return name
-
-
-_choice = _checked_backend(os.environ.get("MEGACTX_BACKEND") or "auto", "MEGACTX_BACKEND")
-
-
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run the operators called inside the block on one backend: `auto`, `reference`, `triton` or `cpp`.
 
-    The choice is the process's, not the thread's: autograd calls backward operators from threads of its own.  The
-    default outside any block is the environment variable `MEGACTX_BACKEND`, or `auto`, the fastest that is present.
+    The choice is the thread's own, as that of `torch.no_grad` is.  The default outside any block, and in a new thread,
+    is the environment variable `MEGACTX_BACKEND`, or `auto`, the fastest that is present.  A backward pass needs no
+    block: the derivative of an operator is an operator, and that of the reference is PyTorch's.  The latter follows
+    the autocast of the place where `backward()` is called, so call it outside of autocast, as PyTorch asks.
     """
-    global _choice
-    before, _choice = _choice, _checked_backend(name, "use_backend: name")
+    before, _choice.name = _choice.name, _checked_backend(name, "use_backend: name")
     try:
         yield
     finally:
-        _choice = before
+        _choice.name = before

@@ -5,14 +5,19 @@ Each check raises a `ValueError` or `TypeError` that names the argument, what wa
 
 from __future__ import annotations
 
+import operator
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)  # what an operator's schema takes; the last two while tracing
+_LARGEST = sys.float_info.max
 _CONSTANTS: dict[tuple[object, ...], tuple[Tensor, ...]] = {}
 _MAX_CONSTANTS = 1024
 
@@ -96,9 +101,45 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> str:
     return value
 
 
+def check_number(name: str, value: Any, words: str = "a finite number") -> float:
+    """A finite number, of Python or of numpy."""
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} must be {words}, got {value!r}")
+        value = float(value)
+    if not -_LARGEST <= value <= _LARGEST:  # a NaN fails every comparison
+        raise ValueError(f"{name} must be {words}, got {value!r}")
+    return value
+
+
+def check_int(name: str, value: Any, words: str = "an integer") -> int:
+    """An integer of 64 bits, of Python or of numpy.  A tensor is none: reading it would stall its device."""
+    if type(value) is not int:
+        if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
+            raise TypeError(f"{name} must be {words}, got {value!r}")
+        value = operator.index(value)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must be {words} of 64 bits, got {value!r}")
+    return value
+
+
+def check_bool(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def check_sequence(name: str, value: Any, words: str) -> list[Any]:
+    try:
+        return list(value)
+    except TypeError:
+        raise TypeError(f"{name} must be {words}, got {value!r}") from None
+
+
 def check_vocab_sizes(vocab_sizes: Sequence[int], width: int, width_name: str) -> list[int]:
     """Positive sizes that add up to the width of the packed logits (or of the packed head)."""
-    sizes = [int(size) for size in vocab_sizes]
+    sizes = check_sequence("vocab_sizes", vocab_sizes, "a sequence of integers")
+    sizes = [size if type(size) is int else check_int("vocab_sizes", size, "integers") for size in sizes]
     if not sizes or min(sizes) < 1:
         raise ValueError(f"vocab_sizes must be positive and at least one, got {sizes}")
     if sum(sizes) != width:

@@ -16,6 +16,10 @@ Kind = Literal["categorical", "numeric"]
 Activation = Literal["gelu", "relu2", "silu", "swiglu"]
 Position = Literal["simple", "learned", "none"]
 
+# What keeps a standardised value, and its square, finite and its code exact in float32, the model's arithmetic.
+_MAX_CODES = 2**24
+_STD_RANGE = (1e-6, 1e12)
+
 
 def _check_int(field: str, value: object, minimum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
@@ -52,7 +56,7 @@ class ContextConfig:
     """One aligned stream of symbols.
 
     Categorical: ids in [0, vocab_size). Numeric: integer codes in the same range, which the model reads and
-    predicts as `(code - mean) / std`.
+    predicts as `(code - mean) / std`; at most 2^24 of them, the integers that float32 keeps apart.
     """
 
     name: str
@@ -66,9 +70,13 @@ class ContextConfig:
             raise ValueError(f"context name must be a non-empty string, got {self.name!r}")
         _check_choice(f"kind of context {self.name!r}", self.kind, get_args(Kind))
         _check_int(f"vocab_size of context {self.name!r}", self.vocab_size, 1)
-        _check_real(f"mean of context {self.name!r}", self.mean)
-        if _check_real(f"std of context {self.name!r}", self.std) <= 0:
-            raise ValueError(f"std of context {self.name!r} must be above 0, got {self.std}")
+        if self.kind == "numeric" and self.vocab_size > _MAX_CODES:
+            raise ValueError(f"vocab_size of numeric context {self.name!r} must be <= 2^24, got {self.vocab_size}")
+        if abs(_check_real(f"mean of context {self.name!r}", self.mean)) > _MAX_CODES:
+            raise ValueError(f"mean of context {self.name!r} must be within +-2^24, got {self.mean}")
+        low, high = _STD_RANGE
+        if not low <= _check_real(f"std of context {self.name!r}", self.std) <= high:
+            raise ValueError(f"std of context {self.name!r} must be in [{low:g}, {high:g}], got {self.std}")
 
     def to_json(self) -> dict[str, Any]:
         """Plain containers and scalars only."""
@@ -175,8 +183,9 @@ class GPTConfig:
     def loss_weights(self) -> tuple[float, ...]:
         """Weights of the contexts' losses, summing to 1."""
         weights = self.context_weights or (1.0,) * len(self.contexts)
-        total = sum(weights)
-        return tuple(w / total for w in weights)
+        largest = max(weights)  # the sum of numbers near the end of the range would be infinite
+        total = sum(w / largest for w in weights)
+        return tuple(w / largest / total for w in weights)
 
     def to_json(self) -> dict[str, Any]:
         """Plain containers and scalars only, as a checkpoint embeds it."""

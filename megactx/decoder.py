@@ -3,12 +3,14 @@
 At this size a step is not arithmetic but calls: a position of a 4-layer, 128-wide model is 0.8 M multiply-adds, some
 60 us, and an eager forward through the modules costs ten times that. So `Decoder` takes the weights out of the modules
 once, folded (norm gains, scales and the GELU's constants go into the neighbouring matrices) and transposed for a
-row-times-matrix product, and a step is about sixteen calls a layer into buffers that already exist.
+row-times-matrix product, and a step is eighteen calls a layer into buffers that already exist.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,9 +21,10 @@ from megactx.kernels import gaussian_rope
 from megactx.model import GPT, Block
 from megactx.nn.embedding import segment_offsets
 
-# Multiply-adds below which a second CPU thread costs more (a batched product of 3 us takes 18 with two) than it brings;
-# on a busy machine, where threads wait for each other, a hundred times more.
-_SMALL = 1 << 24
+# Multiply-adds below which a second CPU thread costs more (a batched product of 3 us takes 18 with two) than it brings.
+# An idle machine gains nothing under this either, and on a busy one, where threads wait for each other, two are 3 to 5
+# times slower than one.
+_SMALL = 1 << 30
 
 
 def kept_tokens(block_size: int) -> int:
@@ -51,7 +54,7 @@ class _Layer:
         self.qkv = (qkv * _gain(block.attention_norm.weight)).T.to(dtype).contiguous()
         self.out = attention.out.weight.detach().T.to(dtype).contiguous()
         self.up = (up * _gain(block.mlp_norm.weight)).T.to(dtype).contiguous()
-        self.down = down.T.to(dtype).contiguous()
+        self.down = down.to(dtype).contiguous().T  # a tall matrix times one row is faster from this side
 
 
 class _Numeric:
@@ -133,9 +136,10 @@ class Decoder:
     `prefill` reads a prompt, `step` one more position; both return `(logits, scaled)` for the last position: the packed
     logits `[B, sum of vocabularies]` of the categorical contexts and the standardised predictions
     `[B, numeric contexts]` of the numeric ones, None where the model has no such context. Past the window, `step`
-    follows the rule of this module. `dtype` is that of the matrices; below float32 the result is not exact.
+    follows the rule of `megactx.generate`. `dtype` is that of the matrices; below float32 the result is not exact.
 
-    The weights are taken as they are now: after more training, make a new decoder.
+    The weights are taken as they are now: after more training, make a new decoder. Autocast has no say in here, and on
+    a CPU small work runs on one thread.
     """
 
     def __init__(self, model: GPT, batch_size: int, *, dtype: torch.dtype = torch.float32) -> None:
@@ -146,7 +150,10 @@ class Decoder:
         self.batch_size = batch_size
         self.device = model.limits.device
         self.length = 0
-        with torch.inference_mode():
+        self._cost = math.inf
+        if self.device.type == "cpu":
+            self._cost = batch_size * sum(parameter.numel() for parameter in model.parameters())
+        with torch.inference_mode(), self._undisturbed(1):
             blocks = [block for block in model.blocks if isinstance(block, Block)]
             self.layers = [_Layer(block, dtype) for block in blocks]
             gain = _gain(model.norm.weight)
@@ -168,9 +175,6 @@ class Decoder:
             self._q_turn, self._kv_turn = self._turns()
             self._single = _Workspace(self, 1)
         self._at: list[Any] = [None] * config.block_size
-        self._cost = math.inf
-        if self.device.type == "cpu":
-            self._cost = batch_size * sum(parameter.numel() for parameter in model.parameters())
         self._mm = torch.mm if dtype == torch.float32 else _narrow_mm
         self._addmm = torch.addmm if dtype == torch.float32 else _narrow_addmm
 
@@ -243,15 +247,22 @@ class Decoder:
         return self._q_turn.narrow(0, start, length), self._kv_turn.narrow(3, start, length), layers
 
     def _run(self, tokens: Tensor, start: int, work: _Workspace) -> tuple[Tensor | None, Tensor | None]:
-        """`_forward`, on one CPU thread where the work is too small for more."""
-        threads = torch.get_num_threads() if self._cost * work.length < _SMALL else 1
-        if threads == 1:
+        if torch.get_num_threads() == 1 and not torch.is_autocast_enabled(self.device.type):
             return self._forward(tokens, start, work)
-        torch.set_num_threads(1)
-        try:
+        with self._undisturbed(work.length):
             return self._forward(tokens, start, work)
-        finally:
-            torch.set_num_threads(threads)
+
+    @contextlib.contextmanager
+    def _undisturbed(self, length: int) -> Iterator[None]:
+        """No autocast, and one CPU thread where `length` positions are too little work for more."""
+        threads = torch.get_num_threads()
+        mixed = torch.is_autocast_enabled(self.device.type)
+        with torch.autocast(self.device.type, enabled=False) if mixed else contextlib.nullcontext():
+            torch.set_num_threads(1 if self._cost * length < _SMALL else threads)
+            try:
+                yield
+            finally:
+                torch.set_num_threads(threads)
 
     def _forward(self, tokens: Tensor, start: int, work: _Workspace) -> tuple[Tensor | None, Tensor | None]:
         length = work.length

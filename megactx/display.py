@@ -3,7 +3,8 @@
 `aligned_lanes` is a pure function from ids to lines of styled spans; a terminal (`to_terminal`) and an HTML page
 (`to_html`) are two ways to print them. Nothing here parses markup: a generated `[bold]` or `<b>` is text. In the
 aligned view every token takes one cell in every lane, control characters show as symbols, and the text is coloured by
-what the first class-like context says about it, each class of a context having its own colour.
+what the first class-like context says about it, each class of a context having its own colour. Under a text a number
+has one character, its last digit; where there is no text to line up with, numbers are written out.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from numpy.typing import ArrayLike
 from rich.cells import cell_len
 
 from megactx.data.bundle import ContextInfo, contexts_from_manifest
-from megactx.data.tokenizers import Tokenizer
+from megactx.data.tokenizers import TextTokenizer, Tokenizer
 
 # style -> (ANSI parameters, CSS); eight colours that can be told apart on light and dark grounds
 STYLES = {
@@ -58,7 +59,8 @@ def aligned_lanes(
     """
     table = np.asarray(ids, dtype=np.int64).reshape(-1, len(contexts))
     tokenizers = [context.load_tokenizer() for context in contexts]
-    cells = [_cells(tokenizer, table[:, c]) for c, tokenizer in enumerate(tokenizers)]
+    written_out = not isinstance(tokenizers[0], TextTokenizer)
+    cells = [_cells(tokenizer, table[:, c], written_out) for c, tokenizer in enumerate(tokenizers)]
     styles = [_styles(contexts, table, c) for c in range(len(contexts))]
     widths = [max(1, *map(cell_len, column)) for column in zip(*cells, strict=True)]
     label = max(len(context.name) for context in contexts) + 1
@@ -79,21 +81,18 @@ def text_spans(contexts: Sequence[ContextInfo], ids: ArrayLike, *, prompt_tokens
     main = np.asarray(ids, dtype=np.int64).reshape(-1, len(contexts))[:, 0]
     tokenizer = contexts[0].load_tokenizer()
     whole = tokenizer.decode(main)
-    prompt = tokenizer.decode(main[:prompt_tokens])
-    if not whole.startswith(prompt):  # the prompt ends inside a character
-        prompt = ""
-    return [Span(prompt, prompt=True), Span(whole[len(prompt) :])]
+    # a prompt that ends inside a character decodes to something else there
+    pairs = zip(whole, tokenizer.decode(main[:prompt_tokens]), strict=False)
+    length = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return [Span(whole[:length], prompt=True), Span(whole[length:])]
 
 
-def to_terminal(spans: Sequence[Span], *, colour: bool) -> str:
-    """One line (or text) as a string, with ANSI colours or without. Other control characters lose their power over
-    the terminal where colours are on; without, the text is verbatim."""
-    if not colour:
-        return "".join(span.text for span in spans)
+def to_terminal(spans: Sequence[Span]) -> str:
+    """One line (or text) as a string with ANSI colours; control characters in it lose their power (`harmless`)."""
     out = []
     for span in spans:
         codes = ";".join(filter(None, (STYLES[span.style][0], "1" if span.prompt else "")))
-        text = _harmless(span.text)
+        text = harmless(span.text)
         out.append(f"\x1b[{codes}m{text}\x1b[0m" if codes and text else text)
     return "".join(out)
 
@@ -110,10 +109,12 @@ def _span_html(span: Span) -> str:
     return f'<span style="{css}">{text}</span>' if css else text
 
 
-def _cells(tokenizer: Tokenizer, ids: np.ndarray) -> list[str]:
+def _cells(tokenizer: Tokenizer, ids: np.ndarray, written_out: bool) -> list[str]:
     """What each token shows: its glyph, or its whole text where a token is more than a character."""
     if tokenizer.kind == "tiktoken":
         return [_visible(tokenizer.decode([i])) or "·" for i in ids.tolist()]
+    if written_out and tokenizer.kind in ("integer", "numeric"):
+        return [tokenizer.decode([i]) + " " for i in ids.tolist()]
     return list(tokenizer.glyphs(ids))
 
 
@@ -122,9 +123,10 @@ def _visible(text: str) -> str:
     return "".join(names.get(c) or (c if c.isprintable() else "·") for c in text)
 
 
-def _harmless(text: str) -> str:
-    """Without the controls that move the cursor or start a terminal command; newlines and tabs stay."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "·", text)
+def harmless(text: str) -> str:
+    """Without what a terminal obeys: controls that move the cursor or start a command, and the bidirectional overrides
+    that show text in another order than it has. Newlines and tabs stay."""
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "·", text)
 
 
 def _styles(contexts: Sequence[ContextInfo], table: np.ndarray, index: int) -> list[str]:

@@ -137,8 +137,8 @@ class GPT(nn.Module):
         default exactly where there are no targets.
 
         The loss is the weighted mean over contexts of cross-entropy (categorical) or squared error of the standardised
-        value (numeric), always in float32. ValueError: a missing, unknown or repeated context, an id outside its
-        vocabulary, no position at all, or more than `block_size` of them.
+        value (numeric), in float32 whatever the model's type (float64 for a double one). ValueError: a missing, unknown
+        or repeated context, an id or a target outside its vocabulary, no position at all, or more than `block_size`.
         """
         packed = self.pack(tokens, token_order)
         _, length, _ = packed.shape
@@ -186,6 +186,7 @@ class GPT(nn.Module):
             assert self.embedding is not None  # a config has at least one context
             return self.embedding(packed)
         values = self.numeric_embedding(self.standardise(packed.index_select(-1, self.numeric_index)))
+        values = values.to(self.norm.weight.dtype)  # the residual stream has the type of the model
         if self.embedding is None:
             return values
         return self.embedding(packed.index_select(-1, self.categorical_index)) + values
@@ -194,13 +195,6 @@ class GPT(nn.Module):
         """Integer codes `[..., numeric contexts]` to float32 `(code - mean) / std`."""
         mean, std, _ = self.numeric_scales.view(torch.float32)
         return (codes - mean) / std
-
-    def to_codes(self, values: Tensor) -> Tensor:
-        """The inverse of `standardise` on predictions: rounded, and clamped to each context's recorded range. A NaN
-        gives -1, like a draw from logits that are not finite."""
-        mean, std, _ = self.numeric_scales.view(torch.float32)
-        top = self.limits.index_select(0, self.numeric_index) - 1
-        return round_to_codes(values, mean, std, top.float())
 
     def pack(self, tokens: Tokens, token_order: Sequence[str] | None = None, argument: str = "tokens") -> Tensor:
         """Any of the three forms to one int64 `[B, T, C]` in the config's order; names decide, never positions."""
@@ -247,22 +241,24 @@ class GPT(nn.Module):
             twice = next(name for name in given if list(given).count(name) > 1)
             raise ValueError(f"{argument}: context {twice!r} is given twice")
 
-    def check_ids(self, packed: Tensor) -> None:
-        """Refuse an id outside its own vocabulary: in a packed table it would quietly read the next context's rows.
+    def check_ids(self, packed: Tensor, argument: str = "tokens") -> None:
+        """Refuse an id outside its own vocabulary: in a packed table it would quietly read the next context's rows,
+        and as a numeric target it would be trained on. `targets` may hold -1, which is ignored.
 
         On the CPU the answer is there at once and the error says where. On a GPU asking would stall the queue, and
         inside a compiled graph it would break it: there a device-side assertion is queued instead.
         """
-        bad = (packed < 0) | (packed >= self.limits)
+        lowest = IGNORE_INDEX if argument == "targets" else 0
+        bad = (packed < lowest) | (packed >= self.limits)
         if torch.compiler.is_compiling() or packed.device.type != "cpu":
             sizes = ", ".join(f"{c.name!r}: {c.vocab_size}" for c in self.config.contexts)
-            torch._assert_async(~bad.any(), f"tokens hold an id outside its context's vocabulary ({sizes})")
+            torch._assert_async(~bad.any(), f"{argument} hold an id outside its context's vocabulary ({sizes})")
         elif bad.any():
             row, position, index = bad.nonzero()[0].tolist()
             context = self.config.contexts[index]
             raise ValueError(
-                f"context {context.name!r}: id {int(packed[row, position, index])} at row {row}, position {position} "
-                f"is outside its vocabulary of {context.vocab_size}"
+                f"{argument} of context {context.name!r}: id {int(packed[row, position, index])} at row {row}, "
+                f"position {position} is outside its vocabulary of {context.vocab_size}"
             )
 
     def _named(self, flat: Tensor | None, scaled: Tensor | None) -> Iterator[tuple[str, Tensor]]:
@@ -279,8 +275,9 @@ class GPT(nn.Module):
         if targets.shape != packed.shape:
             raise ValueError(f"targets must have the shape of tokens {list(packed.shape)}, got {list(targets.shape)}")
         weights = self.config.loss_weights
-        total = torch.zeros((), device=packed.device)
-        losses = torch.zeros(len(weights), device=packed.device)
+        dtype = torch.promote_types(self.norm.weight.dtype, torch.float32)
+        total = torch.zeros((), device=packed.device, dtype=dtype)
+        losses = torch.zeros(len(weights), device=packed.device, dtype=dtype)
         if flat is not None:
             result = mtp_cross_entropy(
                 flat.flatten(0, 1),
@@ -290,20 +287,16 @@ class GPT(nn.Module):
                 ignore_index=IGNORE_INDEX,
             )
             total = total + result.loss
-            losses = losses.index_copy(0, self.categorical_index, result.per_step[:, 0])
+            losses = losses.index_copy(0, self.categorical_index, result.per_step[:, 0].to(dtype))
         if scaled is not None:
+            self.check_ids(targets, "targets")  # the categorical ones were checked by their loss
             codes = targets.index_select(-1, self.numeric_index).flatten(0, 1)
             valid = codes != IGNORE_INDEX
             error = torch.where(valid, scaled.flatten(0, 1) - self.standardise(codes), 0.0)
             means = error.square().sum(0) / valid.sum(0).clamp(min=1)
             total = total + (means * self.numeric_scales.view(torch.float32)[2]).sum()
-            losses = losses.index_copy(0, self.numeric_index, means.detach())
+            losses = losses.index_copy(0, self.numeric_index, means.detach().to(dtype))
         return total, losses
-
-
-def round_to_codes(values: Tensor, mean: Tensor, std: Tensor, top: Tensor) -> Tensor:
-    """`GPT.to_codes` on constants at hand; `top` is the last code, as a float."""
-    return torch.addcmul(mean, values, std).round_().clamp_(torch.zeros_like(top), top).nan_to_num_(-1.0).long()
 
 
 def _check_integer(argument: str, tensor: Tensor) -> None:

@@ -99,6 +99,8 @@ def test_slopes_follow_their_rules() -> None:
         alibi_slopes(4, "linear")
     with pytest.raises(ValueError, match="num_heads must be >= 1, got 0"):
         alibi_slopes(0)
+    with pytest.raises(TypeError, match=r"num_heads must be an integer, got 2\.5"):
+        alibi_slopes(2.5)  # type: ignore[arg-type]
 
 
 def test_without_bias_it_is_torch_attention() -> None:
@@ -146,15 +148,35 @@ def test_a_query_with_nothing_to_see_is_zero_with_zero_gradients(with_sinks: boo
     assert all((g == 0).all() for g in torch.autograd.grad(out.sum(), leaves))
 
 
-@pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("backend", ["reference", "auto"])
-def test_masked_keys_never_leak(poison: float, backend: str) -> None:
-    """Not by padding and not by causality, not forward and not backward."""
+def test_a_query_with_nothing_to_see_poisons_nobody(backend: str) -> None:
+    """Neither by what stands in it nor by the gradient that arrives for it, with sinks of -inf as with any other."""
+    a = inputs(torch.float32)
+    for sinks in (a["sinks"], torch.full((HEADS,), -math.inf)):
+        results = []
+        for value in (0.0, math.nan):
+            leaves = [a["q"].clone(), a["k"].clone(), a["v"].clone(), sinks.clone()]
+            leaves[0][0, 0] = value
+            q, k, v, sink = (leaf.requires_grad_() for leaf in leaves)
+            with kernels.use_backend(backend):
+                out = alibi_attention(**(a | {"q": q, "k": k, "v": v, "sinks": sink}))
+            upstream = out.detach().cos()
+            upstream[0, 0] = value
+            results.append((out, *torch.autograd.grad(out, (q, k, v, sink), upstream)))
+        torch.testing.assert_close(results[1], results[0])
+        assert all(torch.isfinite(x).all() for x in results[1])
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, 3e38])
+@pytest.mark.parametrize("names", ["k", "v", "kv"])
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_masked_keys_never_leak(poison: float, names: str, backend: str) -> None:
+    """Not by padding and not by causality, not forward and not backward, nor where a finite product overflows."""
     with kernels.use_backend(backend):
         a = inputs(torch.float32)
         hidden = ~a["key_padding_mask"]
         clean, bad = a, dict(a)
-        for name in "kv":
+        for name in names:
             bad[name] = a[name].masked_fill(hidden[:, :, None, None], poison)
         results = []
         for case in (clean, bad):
@@ -166,13 +188,13 @@ def test_masked_keys_never_leak(poison: float, backend: str) -> None:
 
         # The last key is seen by the last query alone.
         future = inputs(torch.float32) | {"key_padding_mask": None}
-        for name in "kv":
+        for name in names:
             future[name] = future[name].clone()
             future[name][:, -1] = poison
         q = future["q"].clone().requires_grad_()
         out = alibi_attention(**(future | {"q": q}))
         assert torch.isfinite(out[:, :-1]).all()
-        assert torch.isnan(out[:, -1]).all()
+        assert torch.isnan(out[:, -1]).all() or math.isfinite(poison)
         (grad,) = torch.autograd.grad(out[:, :-1].sum(), q)
         assert torch.isfinite(grad[:, :-1]).all()
 
@@ -262,6 +284,9 @@ def test_strided_expanded_and_empty_inputs() -> None:
         ({"slopes": torch.zeros(3)}, r"slopes must have shape \(4,\), got \(3,\)"),
         ({"slopes": torch.zeros(4, requires_grad=True)}, "slopes must not require a gradient"),
         ({"sinks": torch.zeros(4, dtype=torch.int64)}, "sinks must be float16"),
+        ({"scale": "x"}, "scale must be a finite number, got 'x'"),
+        ({"scale": math.nan}, "scale must be a finite number, got nan"),
+        ({"causal": 1}, "causal must be True or False, got 1"),
         ({"key_padding_mask": torch.ones(BATCH, KEYS)}, r"key_padding_mask must be bool \(True = attend\)"),
         ({"key_padding_mask": torch.ones(BATCH, 3).bool()}, "key_padding_mask must have shape"),
     ],

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +14,7 @@ from torch import Tensor
 from megactx.config import ContextConfig, GPTConfig
 from megactx.generate import Decoder, generate, kept_tokens, row_seeds
 from megactx.model import GPT
+from megactx.nn import PackedHead
 
 TEXT = ContextConfig("text", vocab_size=37)
 CASE = ContextConfig("case", vocab_size=3)
@@ -182,15 +186,133 @@ def test_nothing_to_generate_and_what_is_refused() -> None:
 
 
 def test_small_steps_run_on_one_thread_and_give_the_others_back() -> None:
+    class Watched(Decoder):
+        def _turns(self) -> tuple[Tensor, Tensor]:
+            seen.append(torch.get_num_threads())
+            return super()._turns()
+
+        def _forward(self, *args: Any) -> tuple[Tensor | None, Tensor | None]:
+            seen.append(torch.get_num_threads())
+            return super()._forward(*args)
+
+    seen: list[int] = []
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         model = make()
         tokens = prompt(model)
-        Decoder(model, 2).prefill(tokens)
+        decoder = Watched(model, 2)
+        decoder.prefill(tokens)
+        decoder.step(tokens[:, 0])
+        assert seen == [1, 1, 1]
         assert torch.get_num_threads() == 2
         with pytest.raises(IndexError):
-            Decoder(model, 2).prefill(tokens + 1000)
+            decoder.prefill(tokens + 1000)
         assert torch.get_num_threads() == 2
+        decoder._cost = math.inf  # a model worth more threads
+        decoder.step(tokens[:, 0])
+        assert seen[-1] == 2
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_outputs_that_are_not_finite_end_no_other_row(cached: bool) -> None:
+    model = make(TEXT, CASE, block_size=6)
+    start = prompt(model)
+    start[0, :, 0], start[1, :, 0] = 5, 6
+    expected = drawn(model, start[1:], 12, seeds=[2], top_k=3)
+    poison = next(i for i in range(7, 37) if i not in expected[..., 0])
+    start[0, 2, 0] = poison
+    with torch.no_grad():
+        model.embedding.weight[poison] = torch.nan  # the head is tied: then every row's logits are NaN in that place
+        model.head = PackedHead(model.config.vocab_sizes, 64)
+    healthy = drawn(model, start[1:], 12, seeds=[2])
+    both = drawn(model, start, 12, seeds=[1, 2], cached=cached)
+    assert both[0, :4].tolist() == [[-1, -1]] * 4
+    assert both[0, 4:].min() >= 0  # the window has left the damage behind
+    assert torch.equal(both[1], healthy[0])
+    assert torch.equal(both, drawn(model, start, 12, seeds=[1, 2], cached=not cached))
+
+
+def test_a_numeric_prediction_that_is_not_a_number_gives_minus_one() -> None:
+    model = make()
+    start = prompt(model)
+    with torch.no_grad():
+        model.numeric_head.out_bias.fill_(torch.nan)
+    for cached in (True, False):
+        tokens = drawn(model, start, 20, cached=cached)
+        assert (tokens[..., 1] == -1).all()
+        assert (tokens[..., [0, 2]] >= 0).all()
+
+
+def test_half_precision_does_not_round_a_context_of_large_numbers() -> None:
+    model = make(ContextConfig("n", "numeric", 20000, mean=11003.0, std=1.0)).bfloat16()
+    with torch.no_grad():
+        model.numeric_head.out.zero_()
+        for bias, code in ((2.25, 11005), (1e9, 19999), (-1e9, 0)):
+            model.numeric_head.out_bias.fill_(bias)
+            for cached in (True, False):
+                assert drawn(model, torch.zeros(1, 1, 1).long(), 2, cached=cached).flatten().tolist() == [code] * 2
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_autocast_changes_nothing(cached: bool) -> None:
+    model = make()
+    start = prompt(model)
+    expected = drawn(model, start, 20, seeds=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(drawn(model, start, 20, seeds=1, cached=cached), expected)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_what_the_caller_does_with_the_tensors_does_not_matter(cached: bool) -> None:
+    model = make()
+    start = prompt(model)
+    expected = drawn(model, start, 20, seeds=1)
+    given, tokens = start.clone(), []
+    symbols = generate(model, given, 20, seeds=1, cached=cached)
+    given.zero_()
+    for step in range(20):
+        with torch.inference_mode(step % 2 == 0):
+            tokens.append(next(symbols).clone())
+    assert torch.equal(torch.stack(tokens, 1), expected)
+    with torch.inference_mode():
+        symbols = generate(model, start, 20, seeds=1, cached=cached)
+        first = next(symbols)
+    second = next(symbols)
+    assert torch.equal(torch.stack((first, second), 1), expected[:, :2])
+    second.zero_()
+    assert torch.equal(torch.stack(list(symbols), 1), expected[:, 2:])
+
+
+def test_modules_keep_their_modes_whatever_happens() -> None:
+    model = make().train()
+    model.blocks[0].eval()
+    model.blocks[1].mlp = torch.nn.Identity()
+    modes = [module.training for module in model.modules()]
+    list(generate(model, prompt(model), 2, cached=False))
+    assert [module.training for module in model.modules()] == modes
+    model.blocks[1].attention.out = torch.nn.Linear(1, 1)  # breaks the pass
+    modes = [module.training for module in model.modules()]
+    with pytest.raises(RuntimeError):
+        list(generate(model, prompt(model), 2, cached=False))
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_knobs_and_seeds_are_taken_as_they_are_given() -> None:
+    model = make()
+    start = prompt(model)
+    for top_k in (1.9, [1.9] * 3, torch.tensor([1.0] * 3)):
+        with pytest.raises(TypeError, match="top_k must be an integer"):
+            generate(model, start, 1, top_k=top_k)
+    for seeds in (1.5, [1.0, 2.0], torch.tensor(1.5)):
+        with pytest.raises(TypeError, match="seeds must be"):
+            generate(model, start, 1, seeds=seeds)  # type: ignore[arg-type]
+    expected = drawn(model, start, 8, seeds=3)
+    for seed in (np.int64(3), torch.tensor(3), np.array(3)):
+        assert torch.equal(drawn(model, start, 8, seeds=seed), expected)
+    rows = drawn(model, start, 8, seeds=[3, 4])
+    for given in (np.array([3, 4]), torch.tensor([3, 4], dtype=torch.int32)):
+        assert torch.equal(drawn(model, start, 8, seeds=given), rows)
+    assert torch.equal(drawn(model, start[:1], 8, seeds=torch.tensor([3])), rows[:1])  # a seed of its own, not a source

@@ -43,14 +43,18 @@ def test_without_a_mask_every_token_is_real() -> None:
     torch.testing.assert_close(gist_attention(q, k, v, scale=0.0)[:, :, 0], v.mean(1)[:, None, 0].expand(-1, 8, -1))
 
 
-@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("poison", [math.nan, math.inf, 3e38])
+@pytest.mark.parametrize("names", ["q", "k", "v", "qkv"])
 @pytest.mark.parametrize("backend", ["reference", "auto"])
-def test_padding_is_contained_forward_and_backward(poison: float, backend: str) -> None:
+def test_padding_is_contained_forward_and_backward(poison: float, names: str, backend: str) -> None:
     q, k, v, mask = inputs(torch.float32)
     results = []
     with kernels.use_backend(backend):
         for value in (0.0, poison):
-            leaves = [x.masked_fill(~mask[:, :, None, None], value).requires_grad_() for x in (q, k, v)]
+            leaves = [
+                x.masked_fill(~mask[:, :, None, None], value if name in names else 0.0).requires_grad_()
+                for name, x in zip("qkv", (q, k, v), strict=True)
+            ]
             out = gist_attention(*leaves, mask)
             upstream = out.detach().cos().masked_fill(~mask[:, :, None, None], value)  # padding sends garbage back too
             results.append((out, *torch.autograd.grad(out, leaves, upstream)))
@@ -120,6 +124,8 @@ def test_strided_and_empty_inputs() -> None:
         ({"k": torch.zeros(2, 7, 2, 4), "v": torch.zeros(2, 7, 2, 4)}, r"k must be as long as q \(8\), got 7"),
         ({"key_padding_mask": torch.ones(2, 7).bool()}, r"key_padding_mask must have shape \(2, 8\), got \(2, 7\)"),
         ({"key_padding_mask": torch.ones(2, 8)}, "key_padding_mask must be bool"),
+        ({"causal": None}, "causal must be True or False, got None"),
+        ({"scale": 1j}, "scale must be a finite number, got 1j"),
         ({"v": torch.zeros(2, 8, 2, 4).double()}, "v must have the dtype of q"),
     ],
 )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 
 from megactx import kernels
-from megactx.kernels import _library
+from megactx.kernels import _library, _runtime
+from megactx.kernels.sampling import op as sampling
 
 ROOT = Path(__file__).resolve().parent.parent
 ROPE = (32, 10000.0, "uniform", 2, False, False, 1e-6, False)
@@ -80,7 +84,7 @@ def test_no_rows_give_results_without_rows(name: str) -> None:
 
 
 def _public(name: str) -> Callable[..., Any]:
-    """The public function on the inputs that `_arguments` makes, as (function, its float inputs)."""
+    """The public function of the operator `name`, taking what `_arguments` makes for it and its own other settings."""
 
     def rope(q: Tensor, k: Tensor, positions: Tensor, lods: Tensor, *_: Any) -> Any:
         return kernels.gaussian_rope(q, k, positions, lods, lod_pairs=2, qk_norm_eps=1e-6)
@@ -148,13 +152,14 @@ def test_compiles_to_one_graph_over_changing_lengths(name: str) -> None:
     assert counter.frame_count == compiles_of_the_first_call
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
-def test_the_reference_compiles_too(name: str) -> None:
+def test_the_reference_compiles_too(name: str, dynamic: bool | None) -> None:
     torch._dynamo.reset()
     function = _public(name)
     with kernels.use_backend("reference"):
         expected, expected_grads = _result_and_grads(function, name, 7)
-        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=dynamic)
         got, grads = _result_and_grads(compiled, name, 7)
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(grads, expected_grads)
@@ -173,6 +178,8 @@ def test_autocast_does_not_reach_into_an_operator(name: str, backend: str) -> No
 @pytest.mark.parametrize("name", [name for name in _library.SCHEMAS if not name.endswith("_backward")])
 def test_inference_mode_gives_the_same_results(name: str) -> None:
     expected, _ = _result_and_grads(_public(name), name, 7)
+    _runtime._CONSTANTS.clear()
+    sampling._PREPARED.clear()
     with torch.inference_mode():
         got = _public(name)(*_arguments(name, 7))
     torch.testing.assert_close([got] if isinstance(got, Tensor) else list(got), expected, rtol=0, atol=0)
@@ -202,6 +209,42 @@ def test_a_second_derivative_is_refused_by_name(name: str) -> None:
         sum(g.square().sum() for g in grads).backward()
 
 
+@pytest.mark.parametrize("name", [name for name in _library.SCHEMAS if not name.endswith("_backward")])
+def test_forward_derivatives_are_refused_by_name_and_the_reference_has_them(name: str) -> None:
+    """Silence would be worse: the tangents of an operator without a forward derivative are zeros."""
+    first, *rest = _arguments(name)
+    function = _public(name)
+
+    def tangent(x: Tensor) -> Tensor:
+        result = torch.func.jvp(lambda y: function(y, *rest), (x,), (x.cos(),))[1]
+        return result if isinstance(result, Tensor) else result[0]
+
+    message = rf'megactx::{name} has no forward-mode derivative .*use_backend\("reference"\)'
+    with kernels.use_backend("auto"):
+        with pytest.raises(RuntimeError, match=message):
+            tangent(first)
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match=message):
+            function(forward_ad.make_dual(first, torch.ones_like(first)), *rest)
+        function(first, *rest)  # and afterwards all is as before
+    if name in DIFFERENTIABLE:
+        with kernels.use_backend("reference"):
+            assert tangent(first).abs().sum() > 0
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("name", [name for name in _library.SCHEMAS if not name.endswith("_backward")])
+def test_a_default_device_does_not_reach_into_an_operator(name: str, backend: str) -> None:
+    inputs = _arguments(name)
+    _runtime._CONSTANTS.clear()
+    sampling._PREPARED.clear()
+    with kernels.use_backend(backend), torch.device("meta"):
+        if name == "sample_contexts":
+            results = kernels.sample_contexts(inputs[0], (5, 7), top_k=3, seeds=1, step=3)
+        else:
+            results = _public(name)(*inputs)
+    assert {x.device.type for x in ([results] if isinstance(results, Tensor) else results)} == {"cpu"}
+
+
 def test_backends_reports_every_operator() -> None:
     report = kernels.backends()
     assert report.keys() == _library.SCHEMAS.keys()
@@ -223,15 +266,77 @@ def test_a_backend_that_is_not_live_is_refused_by_name() -> None:
 
 
 def test_use_backend_restores_the_choice_and_refuses_unknown_names() -> None:
-    before = _library._choice
-    with pytest.raises(ZeroDivisionError), kernels.use_backend("reference"):
-        raise ZeroDivisionError
-    assert _library._choice == before
+    before = _library._choice.name
+    with kernels.use_backend("reference"):
+        with pytest.raises(ZeroDivisionError), kernels.use_backend("auto"):
+            raise ZeroDivisionError
+        assert _library._choice.name == "reference"
+    assert _library._choice.name == before
     with (
         pytest.raises(ValueError, match="one of auto, reference, triton, cpp, got 'cuda'"),
         kernels.use_backend("cuda"),
     ):
         pass
+
+
+def test_the_choice_of_one_thread_is_not_that_of_another() -> None:
+    """Blocks that overlap in time, neither inside the other, and compiled code that follows its own thread."""
+    q, k, positions = torch.randn(1, 3, 2, 4), torch.randn(1, 3, 2, 4), torch.arange(3)
+    seen: list[str] = []
+
+    def recorder(backend: str) -> Callable[..., Any]:
+        return lambda *args: seen.append(backend) or (q, k)
+
+    operator = _library.Operator("gaussian_rope", recorder("reference"), recorder("auto"))
+    before = _library._choice.name
+    inside, outside = threading.Event(), threading.Event()
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def follower(x: Tensor) -> Tensor:
+        return x + 1 if _library._choice.name == "auto" else x + 2
+
+    compiled: list[float] = []
+
+    def other() -> None:
+        with kernels.use_backend("reference"):
+            inside.set()
+            outside.wait(10)
+            operator(q, k, positions)
+            compiled.append(float(follower(torch.zeros(()))))
+
+    thread = threading.Thread(target=other)
+    with kernels.use_backend("auto"):
+        compiled.append(float(follower(torch.zeros(()))))
+        thread.start()
+        inside.wait(10)
+        operator(q, k, positions)
+    outside.set()
+    thread.join()
+    assert seen == ["auto", "reference"]
+    assert compiled == [1.0, 2.0]
+    assert _library._choice.name == before
+
+
+def test_compiled_code_follows_the_choice() -> None:
+    torch._dynamo.reset()
+    graphs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph.code)
+        return graph.forward
+
+    q, positions = torch.randn(1, 3, 2, 4), torch.arange(3)
+    compiled = torch.compile(lambda x: kernels.gaussian_rope(x, x, positions)[0], backend=backend, fullgraph=True)
+
+    def calls() -> None:
+        compiled(q)
+        for name in ("auto", "reference", "auto", "reference"):
+            with kernels.use_backend(name):
+                compiled(q)
+
+    with ThreadPoolExecutor(1) as thread:  # a fresh thread, in which no backend has been chosen yet
+        thread.submit(calls).result()
+    assert sorted("megactx.gaussian_rope" in code for code in graphs) == [False, True]
 
 
 def test_an_extension_that_does_not_load_warns_once_and_says_why(tmp_path: Path, monkeypatch: Any) -> None:
@@ -260,10 +365,18 @@ def test_importing_the_package_imports_no_torch() -> None:
 
 
 def test_the_environment_chooses_the_backend() -> None:
-    code = "from megactx.kernels import _library; print(_library._choice)"
+    code = "from megactx.kernels import _library; print(_library._choice.name)"
     assert _python(code, MEGACTX_BACKEND="reference").stdout.strip() == "reference"
     refused = _python(code, MEGACTX_BACKEND="fast")
     assert "MEGACTX_BACKEND must be one of auto, reference, triton, cpp, got 'fast'" in refused.stderr
+    twice = """
+from megactx import kernels
+for _ in range(2):
+    try: kernels.gaussian_rope
+    except ValueError as error: print(error)
+"""
+    first, second = _python(twice, MEGACTX_BACKEND="fast").stdout.splitlines()
+    assert first == second
 
 
 def test_every_public_name_resolves_and_unknown_ones_do_not() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from megactx.config import ContextConfig, GPTConfig
 from megactx.model import GPT
@@ -119,7 +120,23 @@ def test_the_loss_stays_float32_under_autocast_and_numbers_keep_their_digits() -
 def test_standardisation_survives_half_precision_weights() -> None:
     model = make(ContextConfig("n", "numeric", 20000, mean=11003.0, std=1.0)).bfloat16()
     assert model.standardise(torch.tensor([11004])).tolist() == [1.0]
-    assert model.to_codes(torch.tensor([[2.2], [1e9], [-1e9]])).flatten().tolist() == [11005, 19999, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("contexts", [(TEXT,), (VALUE,), (TEXT, VALUE, CASE)], ids=len)
+@pytest.mark.parametrize("position", ["simple", "learned"])
+def test_a_model_of_another_type_runs_and_trains(
+    dtype: torch.dtype, contexts: tuple[ContextConfig, ...], position: str
+) -> None:
+    model = make(*contexts, position=position)
+    tokens = ids(model)
+    expected = model(tokens, tokens)
+    output = model.to(dtype)(tokens, tokens)
+    assert output.loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(output.loss.float(), expected.loss, rtol=0.02, atol=0.01)
+    torch.testing.assert_close(output.context_losses.float(), expected.context_losses, rtol=0.02, atol=0.01)
+    output.loss.backward()
+    assert all(p.grad.dtype == dtype and p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_stacked_numeric_networks_are_the_separate_ones() -> None:
@@ -188,11 +205,22 @@ def test_order_matters_only_with_positions() -> None:
 
 
 def test_compiles_to_one_graph_over_changing_lengths() -> None:
-    model = make()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    model = make().train()
+    graphs = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=graphs, fullgraph=True, dynamic=True)
+    compiled_after = []
     for length in (5, 8, 13):
         tokens = ids(model, length=length)
-        torch.testing.assert_close(compiled(tokens, tokens).loss, model(tokens, tokens).loss)
+        gradients = []
+        for forward in (compiled, model):
+            model.zero_grad()
+            loss = forward(tokens, tokens).loss
+            loss.backward()
+            gradients.append([loss.detach(), *(p.grad for p in model.parameters())])
+        torch.testing.assert_close(*gradients)
+        compiled_after.append(graphs.frame_count)
+    assert len(set(compiled_after)) == 1  # the first length's graph served them all
     tokens = ids(model)
     tokens[0, 0, 2] = 3
     with pytest.raises(RuntimeError, match="'case': 3"):
@@ -239,6 +267,11 @@ def test_wrong_input_is_named() -> None:
         wrong[1, 4, 2] = bad
         with pytest.raises(ValueError, match=f"context 'case': id {bad} at row 1, position 4 .* vocabulary of 3"):
             model(wrong)
+    for bad in (-100, -2, 100):
+        wrong = tokens.clone()
+        wrong[1, 4, 1] = bad
+        with pytest.raises(ValueError, match=f"targets of context 'value': id {bad} at row 1, position 4"):
+            model(tokens, wrong)
     with pytest.raises(TypeError, match="tokens must be integers"):
         model(tokens.float())
     with pytest.raises(ValueError, match=r"must be \[B, T, 3\]"):
@@ -259,6 +292,9 @@ def test_a_config_survives_json_and_refuses_what_it_does_not_know() -> None:
     data = config.to_json()
     assert GPTConfig.from_json(data) == config
     assert config.loss_weights == pytest.approx((1 / 3, 2 / 3))
+    for weight in (1e308, 5e-324):
+        huge = GPTConfig((TEXT, VALUE, CASE), context_weights=(weight,) * 3)
+        assert huge.loss_weights == pytest.approx((1 / 3,) * 3)
     with pytest.raises(ValueError, match="unknown field 'n_layers', did you mean 'n_layer'"):
         GPTConfig.from_json({**data, "n_layers": 2})
     with pytest.raises(ValueError, match="'contexts' is missing"):
@@ -285,3 +321,22 @@ def test_a_config_survives_json_and_refuses_what_it_does_not_know() -> None:
 def test_a_config_is_refused_by_its_field(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GPTConfig(**{"contexts": (TEXT,), **SMALL, **options})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"std": 1e-50}, "std of context 'n' must be in"),
+        ({"std": 1e300}, "std of context 'n' must be in"),
+        ({"mean": 1e30}, "mean of context 'n' must be within"),
+        ({"vocab_size": 2**24 + 1}, "vocab_size of numeric context 'n' must be <= 2"),
+    ],
+)
+def test_a_numeric_context_stays_within_what_float32_holds(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ContextConfig(**{"name": "n", "kind": "numeric", **options})  # type: ignore[arg-type]
+    model = make(ContextConfig("n", "numeric", 2**24, std=1e-6), n_layer=1)
+    codes = torch.tensor([[[2**24 - 1], [2**24 - 2]]])
+    first, second = model.standardise(codes).flatten()
+    assert first > second
+    assert model(codes, codes).loss.isfinite()

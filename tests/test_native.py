@@ -247,6 +247,13 @@ def test_arguments_of_the_wrong_shape_are_refused_and_not_read() -> None:
             cpp(bad)
 
 
+@built
+def test_a_vocabulary_too_large_for_its_ids_is_refused() -> None:
+    good = case(torch.zeros(1, 4), [4])
+    with pytest.raises(RuntimeError, match=r"vocab_sizes must be positive and below 2\^31, got 2147483648"):
+        cpp(good._replace(vocab_sizes=[2**31]))
+
+
 def test_cpp_signatures_are_the_schemas() -> None:
     """The stable ABI does not compare the two, and a wrong order would be read as garbage."""
     spelling = {

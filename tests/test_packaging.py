@@ -212,10 +212,13 @@ def test_a_wheel_without_the_extension(project: Path, link: str) -> None:
 
 @pytest.mark.slow
 def test_a_source_distribution_builds(project: Path, tmp_path: Path) -> None:
+    (project / "tests").mkdir()
+    (project / "tests" / "test_something.py").write_text("")
     sdist, _ = build(project, "sdist", MEGACTX_BUILD_CPP="0")
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path / "unpacked", filter="data")
     [unpacked] = (tmp_path / "unpacked").iterdir()
+    assert not (unpacked / "tests").exists()  # half a test suite: its shared parts are not shipped
     assert sorted(p.name for p in (unpacked / "csrc").iterdir()) == sorted(p.name for p in (ROOT / "csrc").iterdir())
     wheel, _ = build(unpacked, "wheel", MEGACTX_BUILD_CPP="0")
     assert "megactx/kernels/sampling/reference.py" in zipfile.ZipFile(wheel).namelist()
@@ -227,6 +230,15 @@ def test_without_torch_the_build_succeeds_and_says_so_once(project: Path, withou
     assert wheel.name.endswith("py3-none-any.whl")
     assert printed.count(NOT_BUILT) == 1
     assert "torch is not in the build environment" in printed
+
+
+def test_an_error_without_text_costs_the_speed_and_not_the_installation(project: Path, tmp_path: Path) -> None:
+    """A torch that cannot be imported, and says nothing."""
+    (tmp_path / "site" / "torch").mkdir(parents=True)
+    (tmp_path / "site" / "torch" / "__init__.py").write_text("raise ImportError\n")
+    script = "import sys, runpy; sys.argv = ['setup.py', '-q', 'build_ext']; runpy.run_path('setup.py')"
+    environment = {"PYTHONPATH": str(tmp_path / "site"), "MEGACTX_BUILD_CPP": "auto", "CXX": sys.executable}
+    assert f"{NOT_BUILT}: ImportError;" in python(script, cwd=project, **environment)
 
 
 @pytest.mark.slow

@@ -276,8 +276,62 @@ def test_in_place_overwrites_counts_as_a_write_and_has_the_gradient() -> None:
     kernels.gaussian_rope_(saved, k * 1, positions, lods)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         saved.sum().backward()
-    with pytest.raises(ValueError, match="q must not be expanded to be rotated in place"):
-        kernels.gaussian_rope_(q[:, :1].expand(2, 3, 4, 8), k, positions)
+
+
+@pytest.mark.parametrize("order", ["BTHD", "BHTD", "HBTD", "BTDH"])
+def test_in_place_takes_slices_of_a_packed_projection(order: str) -> None:
+    """q, k and v side by side along the heads, wherever the heads lie in memory."""
+    packed = torch.randn(2, 3, 6, 8)
+    expected = kernels.gaussian_rope(packed[:, :, :2].clone(), packed[:, :, 2:4].clone(), torch.arange(3))
+    layout = ["BTHD".index(name) for name in order]
+    stored = packed.permute(layout).contiguous().permute(torch.tensor(layout).argsort().tolist())
+    kernels.gaussian_rope_(stored[:, :, :2], stored[:, :, 2:4], torch.arange(3))
+    assert torch.equal(stored, torch.cat((*expected, packed[:, :, 4:]), dim=2))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_in_place_refuses_memory_that_overlaps(grad: bool) -> None:
+    positions = torch.arange(3)
+    x = torch.randn(2, 3, 6, 8)
+    x = x.requires_grad_() * 1 if grad else x
+    before = x.detach().clone()
+    for q, k, name in (
+        (x[:, :1, :4].expand(2, 3, 4, 8), x[:, :, 4:], "q"),
+        (x[:, :, :2], x.as_strided((2, 3, 2, 8), (144, 48, 4, 1), 32), "k"),
+        (x[:, :, :4], x[:, :, :4], "k"),
+        (x[:, :, :4], x[:, :, 3:], "k"),
+        (x[..., :4], x[..., 2:6], "k"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name} must not (be expanded or overlap itself|share memory with q)"):
+            kernels.gaussian_rope_(q, k, positions)
+    assert torch.equal(x, before)
+
+
+def test_in_place_refuses_leaves_before_it_writes_anything() -> None:
+    q, k, positions, _ = inputs()
+    before = q.clone()
+    for leaf in (k.clone().requires_grad_(), k.clone().requires_grad_()[:]):
+        with pytest.raises(ValueError, match="k must not be a leaf that requires a gradient, or a view of one"):
+            kernels.gaussian_rope_(q, leaf, positions)
+    assert torch.equal(q, before)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_what_is_made_of_a_frozen_input_needs_no_gradient(frozen: int, backend: str) -> None:
+    q, k, positions, lods = inputs()
+    with kernels.use_backend(backend):
+        pair = [x.clone().requires_grad_(i != frozen) for i, x in enumerate((q, k))]
+        out = kernels.gaussian_rope(*pair, positions, lods, qk_norm_eps=1e-5)
+        assert [x.requires_grad for x in out] == [i != frozen for i in range(2)]
+        both = [x.clone().requires_grad_() for x in (q, k)]
+        expected = kernels.gaussian_rope(*both, positions, lods, qk_norm_eps=1e-5)
+        other = 1 - frozen
+        (grad,) = torch.autograd.grad(out[other].sin().sum(), pair[other])
+        torch.testing.assert_close(grad, torch.autograd.grad(expected[other].sin().sum(), both[other])[0])
+        # A frozen leaf beside a trained one may be written in place.
+        in_place = [pair[i] * 1 if i != frozen else pair[i].detach() for i in range(2)]
+        assert kernels.gaussian_rope_(*in_place, positions, lods)[frozen].requires_grad is False
 
 
 @pytest.mark.parametrize(
@@ -294,8 +348,18 @@ def test_in_place_overwrites_counts_as_a_write_and_has_the_gradient() -> None:
         ({"sigma": "gauss"}, "sigma must be one of 'none', 'uniform', 'power', got 'gauss'"),
         ({"lod_pairs": 5}, r"lod_pairs must be in \[0, 4\], got 5"),
         ({"base": -1.0}, "base must be positive and finite, got -1.0"),
+        ({"base": "1"}, "base must be positive and finite, got '1'"),
+        ({"base": math.inf}, "base must be positive and finite, got inf"),
+        ({"lod_pairs": 1.5}, "lod_pairs must be an integer, got 1.5"),
+        ({"interleaved": "no"}, "interleaved must be True or False, got 'no'"),
+        ({"conjugate": 0}, "conjugate must be True or False, got 0"),
+        ({"norm_after": None}, "norm_after must be True or False, got None"),
+        ({"block_size": None}, "block_size must be an integer, got None"),
+        ({"block_size": 2.5}, "block_size must be an integer, got 2.5"),
+        ({"block_size": 2**63}, "block_size must be an integer of 64 bits, got"),
+        ({"qk_norm_eps": "a"}, "qk_norm_eps must be None or positive and finite, got 'a'"),
         ({"block_size": 0}, "block_size must be >= 1, got 0"),
-        ({"qk_norm_eps": 0.0}, "qk_norm_eps must be None or positive, got 0.0"),
+        ({"qk_norm_eps": 0.0}, "qk_norm_eps must be None or positive and finite, got 0.0"),
     ],
 )
 def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:

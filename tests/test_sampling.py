@@ -6,6 +6,7 @@ import itertools
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -98,6 +99,9 @@ def test_ties_keep_exactly_k_and_the_lowest_ids() -> None:
     assert ids.unique().tolist() == [0, 1, 2]
     assert draw(torch.zeros(5, 10), temperature=0.0).eq(0).all()
     assert draw(torch.zeros(5, 10), top_k=1).eq(0).all()
+    wide = draw(torch.zeros(300, 5000), seeds=torch.arange(300), top_k=2000)  # where an unstable sort would show
+    assert wide.max() < 2000
+    assert wide.max() > 1900
     # 0.25 each: two tokens reach 0.5 exactly, and the second is the one that crosses.
     assert draw(torch.zeros(4000, 4), seeds=torch.arange(4000), top_p=0.5).unique().tolist() == [0, 1]
     assert draw(torch.zeros(400, 4), seeds=torch.arange(400), top_p=1e-9).eq(0).all()
@@ -251,6 +255,13 @@ def test_logits_that_require_grad_are_drawn_from_like_any_other() -> None:
         ({"temperature": torch.tensor([1.0, -2.0])}, "temperature must be finite and >= 0 everywhere"),
         ({"top_k": -1}, "top_k must be an integer >= 0"),
         ({"top_k": 2.5}, "top_k must be an integer >= 0"),
+        ({"temperature": None}, "temperature must be a number, a sequence or a tensor, finite and >= 0, got None"),
+        ({"temperature": "ab"}, "temperature must be finite and >= 0, got 'a'"),
+        ({"temperature": True}, "temperature must be finite and >= 0, got True"),
+        ({"temperature": torch.ones(2, dtype=torch.complex64)}, "temperature must be .* torch.complex64"),
+        ({"top_p": torch.tensor([0.5, 1.5])}, r"top_p must be in \(0, 1\] \(1 = off\) everywhere"),
+        ({"min_p": torch.tensor([0.5, 1.5])}, r"min_p must be in \[0, 1\] \(0 = off\) everywhere"),
+        ({"top_k": 2**63}, "top_k must be an integer >= 0"),
         ({"top_k": torch.tensor([0.5, 1.0])}, "top_k must be an integer >= 0"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
         ({"top_p": [0.5, 1.5]}, r"top_p must be in \(0, 1\]"),
@@ -259,7 +270,12 @@ def test_logits_that_require_grad_are_drawn_from_like_any_other() -> None:
         ({"top_p": torch.ones(3)}, r"top_p must have shape \(2,\) or \(4, 2\), got \(3,\)"),
         ({"seeds": torch.arange(3)}, "seeds must have shape"),
         ({"seeds": torch.zeros(4)}, "seeds must be int64"),
+        ({"seeds": 2**63}, "seeds must be an integer or an int64 tensor of 64 bits"),
+        ({"seeds": None}, "seeds must be an integer or an int64 tensor, got None"),
         ({"step": torch.tensor([1])}, "step must be a 0-d int64 tensor"),
+        ({"step": None}, "step must be an integer or a 0-d int64 tensor, got None"),
+        ({"step": 1.7}, "step must be an integer or a 0-d int64 tensor, got 1.7"),
+        ({"step": 2**63}, "step must be an integer or a 0-d int64 tensor of 64 bits"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
@@ -272,10 +288,29 @@ def test_bad_logits_and_sizes_are_named() -> None:
         draw(torch.zeros(4, 12), (5, 6))
     with pytest.raises(ValueError, match="vocab_sizes must be positive"):
         draw(torch.zeros(4, 12), (12, 0))
+    with pytest.raises(TypeError, match="vocab_sizes must be a sequence of integers, got 12"):
+        draw(torch.zeros(4, 12), 12)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"vocab_sizes must be integers, got 4\.9"):
+        draw(torch.zeros(4, 10), (4.9, 6.2))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="logits must be float16"):
         draw(torch.zeros(4, 12, dtype=torch.int64))
     with pytest.raises(ValueError, match="logits must have 2 dimensions"):
         draw(torch.zeros(4, 12, 1), (12,))
+
+
+def test_a_number_is_checked_though_an_equal_one_was_kept() -> None:
+    logits = torch.zeros(2, 9)
+    draw(logits, top_k=3)
+    with pytest.raises(TypeError, match=r"top_k must be an integer >= 0 \(0 = off\), got 3.0"):
+        draw(logits, top_k=3.0)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    logits = torch.randn(4, 12)
+    expected = draw(logits, (5, 7), temperature=0.75, top_k=4, top_p=0.5, seeds=3, step=2)
+    knobs = {"temperature": np.float32(0.75), "top_k": np.int64(4), "top_p": np.array([0.5, 0.5])}
+    sizes = tuple(np.array([5, 7]))
+    assert torch.equal(draw(logits, sizes, **knobs, seeds=np.int64(3), step=np.int32(2)), expected)
 
 
 def test_a_prepared_draw_is_the_same_draw() -> None:

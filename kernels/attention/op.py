@@ -8,12 +8,15 @@ from torch import Tensor
 
 from .. import _library
 from .._runtime import (
+    check_bool,
     check_choice,
     check_constant,
     check_float,
+    check_int,
     check_integer,
     check_like,
     check_mask,
+    check_number,
     check_shape,
     compute_dtype,
 )
@@ -25,6 +28,7 @@ def alibi_slopes(num_heads: int, rule: str = "press", *, device: torch.device | 
 
     `"press"`: 2^(-8 (h + 1) / num_heads), as in the ALiBi paper, for any number of heads; `"geometric"`: 2^-h.
     """
+    num_heads = check_int("num_heads", num_heads)
     if num_heads < 1:
         raise ValueError(f"num_heads must be >= 1, got {num_heads!r}")
     check_choice("rule", rule, ("press", "geometric"))
@@ -49,15 +53,17 @@ def alibi_attention(
     """softmax(scale q k^T - slope_h |pos_q - pos_k|) v, with no [B, H, Tq, Tk] tensor on a fused backend.
 
     `q` [B, Tq, Hq, D]; `k`, `v` [B, Tk, Hk, D], Hq a multiple of Hk (grouped queries), all of one float dtype.
-    `positions_q` int32 or int64 [Tq] or [B, Tq], `positions_k` [Tk] or [B, Tk], by default `positions_q`.  `slopes`
-    float32 [Hq] (see `alibi_slopes`), None for no bias; they are constants.  `sinks` float32 [Hq], trainable: exp(sink)
-    is added to the denominator of each softmax.  `causal` is by index: the queries are the last Tq of the Tk keys.
+    `positions_q` int32 or int64 [Tq] or [B, Tq], `positions_k` [Tk] or [B, Tk], by default `positions_q`; anything in
+    (-2^62, 2^62), beyond which a difference may wrap.  `slopes` float32 [Hq] (see `alibi_slopes`), None for no bias;
+    they are constants.  `sinks` float32 [Hq], trainable: exp(sink) is added to the denominator of each softmax.
+    `causal` is by index: the queries are the last Tq of the Tk keys.
     `key_padding_mask` bool [B, Tk], True = attend.  `scale` is 1 / sqrt(D) by default.  Returns [B, Tq, Hq, D].
 
-    A query with nothing to attend to gives exactly 0 and zero gradients, and a key that is masked away never reaches
-    a result, be it NaN.  Raises `ValueError` or `TypeError` naming the argument.
+    A query with nothing to attend to gives exactly 0 and zero gradients, and neither it nor a key that is masked away
+    ever reaches another result, be it NaN.  Raises `ValueError` or `TypeError` naming the argument.
     """
     check_attention_inputs(q, k, v)
+    check_bool("causal", causal)
     batch, queries, heads, head_dim = q.shape
     keys = k.shape[1]
     if causal and queries > keys:
@@ -75,13 +81,14 @@ def alibi_attention(
     if key_padding_mask is not None:
         check_mask("key_padding_mask", key_padding_mask, (batch, keys))
         check_like("key_padding_mask", key_padding_mask, "q", q, dtype=False)
-    scale = default_scale(head_dim) if scale is None else float(scale)
+    scale = checked_scale(scale, head_dim)
     out, _ = _ALIBI(q, k, v, positions_q, positions_k, slopes, sinks, causal, key_padding_mask, scale)
     return out
 
 
-def default_scale(head_dim: int) -> float:
-    return 1.0 / math.sqrt(max(head_dim, 1))
+def checked_scale(scale: float | None, head_dim: int) -> float:
+    """The factor of the scores, 1 / sqrt(head_dim) by default."""
+    return 1.0 / math.sqrt(max(head_dim, 1)) if scale is None else check_number("scale", scale)
 
 
 def check_attention_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:

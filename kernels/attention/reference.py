@@ -3,9 +3,11 @@
 The bias of head h is -slope_h |pos_q - pos_k| (Press, Smith and Lewis, "Train Short, Test Long", 2022), with the
 difference taken between integers.  A sink adds exp(sink_h) to the denominator of each softmax, a key without a value.
 
-Three guarantees shape the code.  A query with nothing to attend to gives exactly zero, and zero gradients.  A key that
-a query may not see cannot touch it, be it NaN: products with it are formed from a copy in which what is not finite
-is zero, since 0 * NaN is NaN.  A key that a query does see and that is not finite shows: that output row is NaN.
+Three guarantees shape the code.  A query with nothing to attend to gives exactly zero, and zero gradients, and
+touches no other row, be it or the gradient that arrives for it NaN: it enters every product as zeros.  A key that a
+query may not see cannot touch it, be it NaN: products with it are formed from a copy in which what is not finite is
+zero, since 0 * NaN is NaN, and what overflows is dropped before it meets a zero.  A key that a query does see and that
+is not finite shows: that output row is NaN.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ def alibi_attention_backward(
     if sinks is None:
         return grad_q, grad_k, grad_v, q.new_empty(0)
     # The sink's own probability times (0 - delta), since it has no value: nothing where a query saw only the sink.
-    grad_sinks = -((sinks[:, None] - lse).exp() * delta).sum((0, 2))
+    grad_sinks = -((sinks[:, None] - _filled(lse)).exp() * delta).sum((0, 2))
     return grad_q, grad_k, grad_v, grad_sinks.to(sinks.dtype)
 
 
@@ -85,19 +87,20 @@ def masked_attention(
     """Softmax attention over the allowed pairs; out in q's dtype, lse [B, Hq, Tq] with the sinks, -inf if empty."""
     dtype = compute_dtype(q.dtype)
     k, v, finite = _finite_keys(k, v)
-    scores = _scores(q, k, bias, allowed, finite, scale)
+    scores = _scores(_seeing(q, allowed), k, bias, allowed, finite, scale)
     largest = scores.detach().amax(-1, keepdim=True) if scores.shape[-1] else scores.new_full((), -torch.inf)
     if sinks is not None:
         sink = sinks.to(dtype)[:, None, None]
         largest = torch.maximum(largest, sink.detach())
-    largest = torch.where(largest == -torch.inf, 0.0, largest)
+    largest = _filled(largest)
     weights = (scores - largest).exp()
     total = weights.sum(-1, keepdim=True)
     if sinks is not None:
         total = total + (sink - largest).exp()
     lse = (largest + total.log()).squeeze(-1)
-    weights = weights / torch.where(total == 0, 1.0, total)
-    out = _from_heads(weights @ _to_heads(v, q.shape[2]).to(dtype))
+    # They are zero already where not allowed.  What autograd sends back there, which may have overflowed, is not.
+    weights = torch.where(allowed, weights / torch.where(total == 0, 1.0, total), 0.0)
+    out = _seeing(_from_heads(weights @ _to_heads(v, q.shape[2]).to(dtype)), allowed)
     return out.to(q.dtype).contiguous(), lse
 
 
@@ -118,11 +121,11 @@ def masked_attention_backward(
     dtype = compute_dtype(q.dtype)
     k_dtype, v_dtype, heads, kv_heads = k.dtype, v.dtype, q.shape[2], k.shape[2]
     k, v, finite = _finite_keys(k, v)
+    q, grad_out = _seeing(q, allowed), _seeing(grad_out, allowed)
     scores = _scores(q, k, bias, allowed, finite, scale)
-    lse = torch.where(lse == -torch.inf, 0.0, lse)[..., None]
-    p = (scores - lse).exp()
+    p = (scores - _filled(lse)[..., None]).exp()
     d_out = _to_heads(grad_out, heads).to(dtype)
-    d_p = d_out @ _to_heads(v, heads).to(dtype).transpose(-1, -2)
+    d_p = torch.where(allowed, d_out @ _to_heads(v, heads).to(dtype).transpose(-1, -2), 0.0)
     delta = (p * d_p).sum(-1, keepdim=True)
     d_s = p * (d_p - delta) * scale
     grad_q = _from_heads(d_s @ _to_heads(k, heads).to(dtype))
@@ -144,6 +147,16 @@ def _alibi_bias(positions_q: Tensor, positions_k: Tensor, slopes: Tensor | None,
     if distance.ndim == 2:
         distance = distance[None]
     return -slopes.to(dtype)[:, None, None] * distance[:, None]
+
+
+def _seeing(x: Tensor, allowed: Tensor) -> Tensor:
+    """x [B, Tq, H, D] with zeros for the queries that see no key, whatever stood there."""
+    return torch.where(allowed.any(-1).transpose(1, 2)[..., None], x, 0.0)
+
+
+def _filled(logarithm: Tensor) -> Tensor:
+    """With 0 for the -inf of a query that sees nothing, since -inf - -inf is NaN."""
+    return torch.where(logarithm == -torch.inf, 0.0, logarithm)
 
 
 def _finite_keys(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,8 +5,8 @@ from typing import Any
 from torch import Tensor
 
 from .. import _library
-from .._runtime import check_like, check_mask
-from ..attention.op import check_attention_inputs, default_scale
+from .._runtime import check_bool, check_like, check_mask
+from ..attention.op import check_attention_inputs, checked_scale
 from . import reference
 
 MAX_LENGTH = 64
@@ -30,6 +30,7 @@ def gist_attention(
     result of a padded block is the result of the shorter one.  Raises `ValueError` or `TypeError` naming the argument.
     """
     check_attention_inputs(q, k, v)
+    check_bool("causal", causal)
     blocks, length = q.shape[:2]
     if k.shape[1] != length:
         raise ValueError(f"k must be as long as q ({length}), got {k.shape[1]}")
@@ -38,7 +39,7 @@ def gist_attention(
     if key_padding_mask is not None:
         check_mask("key_padding_mask", key_padding_mask, (blocks, length))
         check_like("key_padding_mask", key_padding_mask, "q", q, dtype=False)
-    return _GIST(q, k, v, key_padding_mask, causal, default_scale(q.shape[3]) if scale is None else float(scale))
+    return _GIST(q, k, v, key_padding_mask, causal, checked_scale(scale, q.shape[3]))
 
 
 def _fake(q: Tensor, *rest: Any) -> Tensor:

@@ -1,12 +1,12 @@
 """Attention inside many tiny padded blocks: the specification, in plain PyTorch.
 
 A block is a sequence of at most 64 tokens of which the mask names the real ones, anywhere in the block.  A padded token
-is neither a query nor a key: its row is exactly zero, and a block gives what its real tokens alone would give.
+is neither a query nor a key: its row is exactly zero, and a block gives what its real tokens alone would give.  That
+is what attention over pairs does for a query that may see nothing and a key that nothing may see.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..attention.reference import allowed_pairs, masked_attention, masked_attention_backward
@@ -18,8 +18,7 @@ def gist_attention(
     """out [N, L, Hq, D] of q [N, L, Hq, D] and k, v [N, L, Hk, D]; key_padding_mask bool [N, L], True = a token."""
     mask = key_padding_mask
     allowed = allowed_pairs(q.shape[1], k.shape[1], causal, mask, mask, q.device)
-    out, _ = masked_attention(_real(q, mask), k, v, None, allowed, None, scale)
-    return _real(out, mask)
+    return masked_attention(q, k, v, None, allowed, None, scale)[0]
 
 
 def gist_attention_backward(
@@ -28,12 +27,6 @@ def gist_attention_backward(
     """Gradients of q, k and v.  Softmax statistics are not saved: a block is small enough to make them again."""
     mask = key_padding_mask
     allowed = allowed_pairs(q.shape[1], k.shape[1], causal, mask, mask, q.device)
-    q, grad_out = _real(q, mask), _real(grad_out, mask)
     _, lse = masked_attention(q, k, v, None, allowed, None, scale)
     grad_q, grad_k, grad_v, _ = masked_attention_backward(grad_out, q, k, v, lse, None, allowed, scale)
     return grad_q, grad_k, grad_v
-
-
-def _real(x: Tensor, mask: Tensor | None) -> Tensor:
-    """x [N, L, H, D] with zeros for padded tokens, whatever stood there."""
-    return x if mask is None else torch.where(mask[:, :, None, None], x, 0.0)

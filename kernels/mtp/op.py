@@ -11,7 +11,10 @@ from .._runtime import (
     check_choice,
     check_constant,
     check_float,
+    check_int,
     check_like,
+    check_number,
+    check_sequence,
     check_shape,
     check_tensor,
     check_vocab_sizes,
@@ -136,12 +139,17 @@ def _arguments(source: Tensor, targets: Tensor, sizes: list[int], options: tuple
         wanted = f"[{rows}, {contexts}, K]" + (f" or [{rows}, K]" if contexts == 1 else "")
         raise ValueError(f"targets must have shape {wanted}, got {tuple(targets.shape)}")
     check_choice("reduction", reduction, REDUCTIONS)
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be None or positive, got {softcap!r}")
+    ignore_index = check_int("ignore_index", ignore_index)
+    if softcap is not None:
+        softcap = check_number("softcap", softcap, "None or positive and finite")
+        if softcap <= 0:
+            raise ValueError(f"softcap must be None or positive and finite, got {softcap!r}")
+    label_smoothing = check_number("label_smoothing", label_smoothing, "in [0, 1]")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
-    if not z_loss >= 0:
-        raise ValueError(f"z_loss must be >= 0, got {z_loss!r}")
+    z_loss = check_number("z_loss", z_loss, ">= 0 and finite")
+    if z_loss < 0:
+        raise ValueError(f"z_loss must be >= 0 and finite, got {z_loss!r}")
     if context_weights is None:
         context_weights = (1.0 / contexts,) * contexts
     return (
@@ -163,7 +171,8 @@ def _weights(name: str, value: Sequence[float] | Tensor, length: int, words: str
         check_like(name, check_tensor(name, value, 1), "the logits or hidden", source, dtype=False)
         weights = check_constant(name, value).to(dtype)
     else:
-        weights = constant(tuple(map(float, value)), dtype, source.device)
+        numbers = check_sequence(name, value, "a sequence of numbers or a tensor")
+        weights = constant(tuple(float(check_number(name, n, "finite numbers")) for n in numbers), dtype, source.device)
     if weights.shape[0] != length:
         raise ValueError(f"{name} must have {length} entries, {words}, got {weights.shape[0]}")
     return weights

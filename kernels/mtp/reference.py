@@ -209,7 +209,7 @@ def _check_targets(targets: Tensor, o: Options) -> None:
     """Refuse a target outside its vocabulary, where looking does not stall a device or break a traced graph."""
     if targets.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    sizes = torch.tensor(list(o.vocab_sizes))[:, None]
+    sizes = constant(tuple(o.vocab_sizes), torch.int64, targets.device)[:, None]
     bad = (targets != o.ignore_index) & ((targets < 0) | (targets >= sizes))
     if bool(bad.any()):
         row, context, step = bad.nonzero()[0].tolist()

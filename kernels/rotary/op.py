@@ -1,14 +1,23 @@
 """`gaussian_rope` and `gaussian_rope_`: rotate queries and keys by positions and levels of detail, without tables."""
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _library
-from .._runtime import check_choice, check_float, check_integer, check_like, check_shape
+from .._runtime import (
+    check_bool,
+    check_choice,
+    check_float,
+    check_int,
+    check_integer,
+    check_like,
+    check_number,
+    check_shape,
+)
 from . import reference
+from .memory import check_memory
 
 SIGMAS = ("none", "uniform", "power")
 
@@ -73,6 +82,9 @@ def gaussian_rope_(
 
     Under autograd this is the copying function followed by a copy, since a damped rotation cannot be undone to get
     the input back: it saves no memory there, and is right.
+
+    q and k may be slices of one packed tensor.  Overlapping memory, within one of them or between the two, and leaves
+    that require a gradient are refused before anything is written.
     """
     options = _checked(
         q,
@@ -81,10 +93,12 @@ def gaussian_rope_(
         lods,
         (block_size, base, sigma, lod_pairs, interleaved, conjugate, qk_norm_eps, norm_after),
     )
-    for name, x in (("q", q), ("k", k)):
-        if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
-            raise ValueError(f"{name} must not be expanded to be rotated in place, got strides {x.stride()}")
+    check_memory(q, k)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        for name, x in (("q", q), ("k", k)):
+            origin = x if x._base is None else x._base
+            if origin.is_leaf and origin.requires_grad:
+                raise ValueError(f"{name} must not be a leaf that requires a gradient, or a view of one")
         new_q, new_k = _ROPE(q, k, *options)
         q.copy_(new_q)
         k.copy_(new_k)
@@ -97,7 +111,7 @@ def _checked(
     q: Tensor, k: Tensor, positions: Tensor, lods: Tensor | None, settings: tuple[Any, ...]
 ) -> tuple[Any, ...]:
     """Everything behind q and k, checked, in the order of the schema."""
-    block_size, base, sigma, lod_pairs, _, _, qk_norm_eps, _ = settings
+    block_size, base, sigma, lod_pairs, interleaved, conjugate, qk_norm_eps, norm_after = settings
     check_float("q", q, 4)
     check_like("k", check_float("k", k, 4), "q", q)
     batch, length, _, head_dim = q.shape
@@ -112,16 +126,23 @@ def _checked(
         check_integer("lods", lods, (1, 2))
         check_shape("lods", lods, positions.shape)
         check_like("lods", lods, "q", q, dtype=False)
+    block_size = check_int("block_size", block_size)
     if block_size < 1:
         raise ValueError(f"block_size must be >= 1, got {block_size!r}")
-    if not 0 < base < math.inf:
+    base = float(check_number("base", base, "positive and finite"))
+    if base <= 0:
         raise ValueError(f"base must be positive and finite, got {base!r}")
     check_choice("sigma", sigma, SIGMAS)
+    lod_pairs = check_int("lod_pairs", lod_pairs)
     if not 0 <= lod_pairs <= head_dim // 2:
         raise ValueError(f"lod_pairs must be in [0, {head_dim // 2}], got {lod_pairs!r}")
-    if qk_norm_eps is not None and not qk_norm_eps > 0:
-        raise ValueError(f"qk_norm_eps must be None or positive, got {qk_norm_eps!r}")
-    return (positions, lods, block_size, float(base), *settings[2:])
+    for name, value in (("interleaved", interleaved), ("conjugate", conjugate), ("norm_after", norm_after)):
+        check_bool(name, value)
+    if qk_norm_eps is not None:
+        qk_norm_eps = check_number("qk_norm_eps", qk_norm_eps, "None or positive and finite")
+        if qk_norm_eps <= 0:
+            raise ValueError(f"qk_norm_eps must be None or positive and finite, got {qk_norm_eps!r}")
+    return (positions, lods, block_size, base, sigma, lod_pairs, interleaved, conjugate, qk_norm_eps, norm_after)
 
 
 def _fake(q: Tensor, k: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
@@ -135,6 +156,8 @@ def _backward_fake(grad_q: Tensor, grad_k: Tensor, *rest: Any) -> tuple[Tensor, 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, positions, lods, *settings = inputs
     normalised = settings[-2] is not None
+    # One of the two may be frozen: what was made of it alone needs no gradient either.
+    ctx.mark_non_differentiable(*(y for y, needed in zip(output, ctx.needs_input_grad, strict=False) if not needed))
     ctx.save_for_backward(q if normalised else None, k if normalised else None, positions, lods)
     ctx.settings = settings
 

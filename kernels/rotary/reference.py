@@ -12,6 +12,7 @@ position of 10^6; here the cosine is within 4e-7 at 10^12, and a shift of all po
 from __future__ import annotations
 
 import math
+import operator
 from decimal import Decimal, localcontext
 from functools import lru_cache
 from typing import NamedTuple, TypeVar
@@ -126,8 +127,7 @@ def _damping(lods: Tensor | None, frequencies: Tensor, s: Settings) -> Tensor:
     """exp(-(s f)^2 / 2), float64 [..., 2 D]; an overflowing spread gives 0."""
     level = frequencies.new_zeros(1) if lods is None else lods.double()
     width = torch.pow(float(s.block_size), level)[..., None]
-    # (w - 1) (w + 1) rather than w^2 - 1, which rounds away what a width near 1 has left.
-    spread = ((width - 1) * (width + 1)).clamp(min=0).div(12).sqrt() if s.sigma == "uniform" else width
+    spread = (width.square() - 1).clamp(min=0).div(12).sqrt() if s.sigma == "uniform" else width
     return torch.exp(-0.5 * (spread.clamp(max=_WIDEST) * frequencies).square())
 
 
@@ -137,6 +137,11 @@ def _tables(head_dim: int, s: Settings, device: torch.device) -> tuple[Tensor, .
     int64: phase per position (0 for pairs turned by the level), phase per level (0 for the others), phase offset;
     float64: the radians of one unit of phase; the frequency f_j, for the damping (0 for pairs turned by the level).
     """
+
+    # A graph traced for changing shapes holds these as symbols.  The tables are constants, made for the very numbers,
+    # which Dynamo takes these two calls to ask for: `int` and `float` leave a symbol as it is.
+    head_dim, lod_pairs = operator.index(head_dim), operator.index(s.lod_pairs)
+    s = s._replace(base=s.base.__float__(), lod_pairs=lod_pairs)
 
     def make() -> tuple[Tensor, ...]:
         pairs = head_dim // 2 - s.lod_pairs

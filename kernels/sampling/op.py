@@ -5,13 +5,22 @@ tensors once and are looked up afterwards, and a loop can prepare its `Knobs` on
 """
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .. import _library
-from .._runtime import check_float, check_tensor, check_vocab_sizes, constant
+from .._runtime import (
+    check_float,
+    check_int,
+    check_number,
+    check_sequence,
+    check_tensor,
+    check_vocab_sizes,
+    constant,
+)
 from . import reference
 
 Knob: TypeAlias = float | Sequence[float] | Tensor
@@ -40,6 +49,7 @@ _RANGES = {
     "top_p": _Range(torch.float32, 0.0, False, 1.0, "in (0, 1] (1 = off)"),
     "min_p": _Range(torch.float32, 0.0, True, 1.0, "in [0, 1] (0 = off)"),
 }
+_PLAIN = frozenset((int, float))
 _PREPARED: dict[tuple[object, ...], Knobs] = {}
 _MAX_PREPARED = 256
 
@@ -104,8 +114,8 @@ def prepare_knobs(
 ) -> Knobs:
     """Check the knobs and bring them to [B, C].  The same numbers give the same tensors again, from a table."""
     given = (temperature, top_k, top_p, min_p)
-    fixed = all(isinstance(knob, (int, float)) for knob in given) and not torch.compiler.is_compiling()
-    key = (*given, batch, contexts, device)
+    fixed = not torch.compiler.is_compiling() and _PLAIN.issuperset(map(type, given))
+    key = (*given, type(top_k), batch, contexts, device)  # 3.0 equals 3, and is no count
     if fixed and key in _PREPARED:
         return _PREPARED[key]
     shape = (batch, contexts)
@@ -119,8 +129,9 @@ def prepare_knobs(
 
 def prepare_seeds(seeds: Tensor | int, batch: int, contexts: int, device: torch.device) -> Tensor:
     """Seeds as int64 [B, C]."""
-    if isinstance(seeds, int):
-        return constant((seeds,), torch.int64, device).expand(batch, contexts)
+    if not isinstance(seeds, Tensor):
+        seed = check_int("seeds", seeds, "an integer or an int64 tensor")
+        return constant((seed,), torch.int64, device).expand(batch, contexts)
     check_tensor("seeds", seeds, (1, 2))
     if seeds.dtype != torch.int64:
         raise TypeError(f"seeds must be int64, got {seeds.dtype}")
@@ -136,7 +147,8 @@ def _step_tensor(step: Tensor | int, device: torch.device) -> Tensor:
         if step.ndim != 0 or step.dtype != torch.int64:
             raise ValueError(f"step must be a 0-d int64 tensor, got {step.dtype} of shape {tuple(step.shape)}")
         return _check_device("step", step, device)
-    return torch.full((), step, dtype=torch.int64, device=device)
+    number = check_int("step", step, "an integer or a 0-d int64 tensor")
+    return torch.full((), number, dtype=torch.int64, device=device)
 
 
 def _check_device(name: str, tensor: Tensor, device: torch.device) -> Tensor:
@@ -149,9 +161,10 @@ def _knob(name: str, value: Knob, shape: tuple[int, int], device: torch.device) 
     dtype = _RANGES[name].dtype
     if isinstance(value, Tensor):
         return _knob_tensor(name, value, shape, device)
-    if isinstance(value, (int, float)):
+    if isinstance(value, (int, float, Real)):
         return constant((_checked_number(name, value),), dtype, device).expand(shape)
-    numbers = tuple(_checked_number(name, number) for number in value)
+    values = check_sequence(name, value, f"a number, a sequence or a tensor, {_RANGES[name].words}")
+    numbers = tuple(_checked_number(name, number) for number in values)
     if len(numbers) != shape[1]:
         raise ValueError(f"{name} must have one value per context ({shape[1]}), got {len(numbers)}")
     return constant(numbers, dtype, device).expand(shape)
@@ -160,7 +173,7 @@ def _knob(name: str, value: Knob, shape: tuple[int, int], device: torch.device) 
 def _knob_tensor(name: str, value: Tensor, shape: tuple[int, int], device: torch.device) -> Tensor:
     allowed = _RANGES[name]
     integer = not value.dtype.is_floating_point and value.dtype != torch.bool and not value.dtype.is_complex
-    if integer != (allowed.dtype == torch.int64) and not (integer and allowed.dtype == torch.float32):
+    if not integer and (allowed.dtype == torch.int64 or not value.dtype.is_floating_point):
         raise TypeError(f"{name} must be {allowed.words}, got a tensor of {value.dtype}")
     _check_device(name, value, device)
     if tuple(value.shape) not in ((), shape[1:], shape):
@@ -172,13 +185,14 @@ def _knob_tensor(name: str, value: Tensor, shape: tuple[int, int], device: torch
     return value.to(allowed.dtype).expand(shape)
 
 
-def _checked_number(name: str, value: float) -> float:
+def _checked_number(name: str, value: object) -> float:
     allowed = _RANGES[name]
-    whole = allowed.dtype != torch.int64 or isinstance(value, int)
-    above = value >= allowed.low if allowed.low_allowed else value > allowed.low
-    if not (whole and above and value <= allowed.high):  # a NaN fails every comparison
+    check = check_int if allowed.dtype == torch.int64 else check_number
+    number = check(name, value, allowed.words)
+    above = number >= allowed.low if allowed.low_allowed else number > allowed.low
+    if not (above and number <= allowed.high):
         raise ValueError(f"{name} must be {allowed.words}, got {value!r}")
-    return value
+    return number
 
 
 def _fake(logits: Tensor, vocab_sizes: Sequence[int], temperature: Tensor, *rest: Tensor) -> Tensor:

@@ -68,10 +68,11 @@ class _NumericMiddle(nn.Module):
 
 
 class NumericEmbedding(nn.Module):
-    """The sum over numeric contexts of an MLP of the standardised value, in float32 whatever the autocast.
+    """The sum over numeric contexts of an MLP of the standardised value; the forward pass is float32 under autocast.
 
     bfloat16 keeps 8 bits: the value 11,000 would enter as 11,008, so neither the value nor the network that reads it
-    may be rounded to it.
+    may be rounded to it. Gradients are float32 in eager mode; `torch.compile` runs a backward pass in the autocast of
+    its forward call, so there their matrix products are rounded like all others.
     """
 
     def __init__(self, contexts: int, n_embd: int, hidden: int = 64, layers: int = 2) -> None:
