@@ -29,7 +29,7 @@ demo: $(STAMP)
 	rm -rf out/demo
 	$(BIN)/megactx prepare --source python-stdlib --contexts kind depth column --out_dir out/demo/data
 	$(BIN)/megactx train --dataset out/demo/data --out_dir out/demo/run --n_layer 4 --n_head 4 --n_embd 128 \
-	  --block_size 256 --batch_size 16 --optimizer muon --max_iters 1100 --max_minutes 5.5 --eval_interval 220 --eval_iters 10
+	  --block_size 256 --batch_size 16 --optimizer muon --max_iters 950 --max_minutes 5.5 --eval_interval 190 --eval_iters 10
 	$(BIN)/megactx sample --out_dir out/demo/run --start "def read_" --max_new_tokens 400 --temperature 0.7
 	@echo "report: out/demo/run/report.html"
 
