@@ -33,7 +33,7 @@ def test_there_are_commands_to_check() -> None:
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "--help" not in c])
 def test_every_command_is_understood(command: str) -> None:
     name, *arguments = shlex.split(command)
-    cli.build_parser(name).parse_strictly(arguments)
+    assert callable(cli.build_parser(name).parse_strictly(arguments).run)
 
 
 def test_its_figures_are_those_of_the_committed_measurements() -> None:
