@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -205,3 +205,16 @@ class GPTConfig:
         if fields.get("context_weights") is not None:
             fields["context_weights"] = tuple(fields["context_weights"])
         return cls(**fields)
+
+
+def check_names(argument: str, known: Sequence[str], given: Sequence[str]) -> None:
+    """Refuses `given` unless it holds each of the model's contexts `known` once, in whatever order."""
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{argument}: unknown context {name!r}, the model has {', '.join(known)}")
+    for name in known:
+        if name not in given:
+            raise ValueError(f"{argument}: context {name!r} is missing")
+    if len(given) != len(known):
+        twice = next(name for name in given if list(given).count(name) > 1)
+        raise ValueError(f"{argument}: context {twice!r} is given twice")

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megactx.config import GPTConfig
+from megactx.config import GPTConfig, check_names
 from megactx.kernels import mtp_cross_entropy
 from megactx.nn.attention import CausalSelfAttention
 from megactx.nn.embedding import NumericEmbedding, NumericHead, PackedEmbedding, PackedHead
@@ -205,18 +205,18 @@ class GPT(nn.Module):
             _check_integer(argument, tokens)
             if token_order is None or tuple(token_order) == names:
                 return tokens.long()
-            self._check_names(argument, token_order)
+            check_names(argument, names, token_order)
             by_name = dict(zip(token_order, tokens.unbind(-1), strict=True))
             return torch.stack([by_name[name] for name in names], dim=-1).long()
         if isinstance(tokens, Mapping):
             by_name = dict(tokens)
-            self._check_names(argument, list(by_name))
+            check_names(argument, names, list(by_name))
         else:
             if token_order is None:
                 raise ValueError(f"{argument} given as a list need token_order, the names of its contexts")
             if len(tokens) != len(token_order):
                 raise ValueError(f"{argument} hold {len(tokens)} tensors, but token_order {len(token_order)} names")
-            self._check_names(argument, token_order)
+            check_names(argument, names, token_order)
             by_name = dict(zip(token_order, tokens, strict=True))
         first = by_name[names[0]]
         for name in names:
@@ -228,18 +228,6 @@ class GPT(nn.Module):
                     f"{names[0]!r} is {list(first.shape)}, {name!r} is {list(stream.shape)}"
                 )
         return torch.stack([by_name[name] for name in names], dim=-1).long()
-
-    def _check_names(self, argument: str, given: Sequence[str]) -> None:
-        names = self.config.names
-        for name in given:
-            if name not in names:
-                raise ValueError(f"{argument}: unknown context {name!r}, the model has {', '.join(names)}")
-        for name in names:
-            if name not in given:
-                raise ValueError(f"{argument}: context {name!r} is missing")
-        if len(given) != len(names):
-            twice = next(name for name in given if list(given).count(name) > 1)
-            raise ValueError(f"{argument}: context {twice!r} is given twice")
 
     def check_ids(self, packed: Tensor, argument: str = "tokens") -> None:
         """Refuse an id outside its own vocabulary: in a packed table it would quietly read the next context's rows,

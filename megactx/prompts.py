@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megactx.config import check_names
 from megactx.data.bundle import ContextInfo
 from megactx.data.derive import DerivedSpec, derive_tokens
 from megactx.data.tokenizers import TextTokenizer
@@ -24,14 +25,7 @@ def context_order(names: Sequence[str] | None, contexts: Sequence[ContextInfo]) 
     if names is None:
         return known
     given = [Path(name).name for name in names]
-    for name in given:
-        if name not in known:
-            raise MegactxError(f"unknown context {name!r}, the model has {', '.join(known)}")
-    for name in known:
-        if name not in given:
-            raise MegactxError(f"context {name!r} of the model is missing in multicontext_datasets")
-    if len(given) != len(known):
-        raise MegactxError("multicontext_datasets names a context twice")
+    check_names("multicontext_datasets", known, given)
     return given
 
 

@@ -256,7 +256,7 @@ def test_a_terminal_gets_colour_and_aligned_lanes(
         (("--start", ""), "prompt of context 'text' is empty"),
         (("--start", "x" * 33), "the prompt holds 33 tokens, more than the model's window of 32"),
         (("--start", "FILE:/nonexistent"), "prompt file /nonexistent: No such file"),
-        (("--multicontext_datasets", "text", "case", "depth"), "context 'column' of the model is missing"),
+        (("--multicontext_datasets", "text", "case", "depth"), "multicontext_datasets: context 'column' is missing"),
         (("--multicontext_datasets", "text", "kind"), "unknown context 'kind'"),
         (("--temperature", "-0.1"), "temperature must be a number from 0 to 3.4e38, got -0.1"),
         (("--temperature", "nan"), "temperature must be a number from 0 to 3.4e38"),
