@@ -5,11 +5,15 @@ has up to three implementations behind its schema, and the dispatcher picks by d
 autograd, `torch.compile` and C++ callers all go through one door:
 
     reference   plain PyTorch, any device, the specification       CompositeExplicitAutograd
-    triton      one kernel for CUDA tensors                        CUDA
+    triton      kernels for CUDA tensors                           CUDA
     cpp         the compiled extension, `_C*.so` beside this file   CPU
 
-A family registers its reference, shape function and derivative by `register`; a Triton kernel is one further call,
-`implement(name, "triton", function)`; the extension holds only implementations and is loaded after the schemas exist.
+A family registers its reference, shape function and derivative by `register`; Triton kernels are one further call,
+`triton(name, module)`, which imports them at their first use; the extension holds only implementations and is loaded
+after the schemas exist.
+
+Under `TRITON_INTERPRET=1` the Triton kernels also run on CPU tensors, in Triton's interpreter: slowly, to test them.
+They live in a second namespace then, so that `auto` on the CPU stays what it is.
 
 `use_backend("reference")` leaves the dispatcher out: the plain function is called, is differentiable as often as
 one likes, forwards too, and takes float64.  Naming `triton` or `cpp` demands that one, and is an error where it
@@ -18,6 +22,7 @@ cannot run.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import threading
 import warnings
@@ -26,7 +31,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.autograd import forward_ad
@@ -94,6 +99,7 @@ class _Choice(threading.local):
 
     def __init__(self) -> None:  # runs once per thread
         self.name = _DEFAULT  # on the object: an attribute of the class would escape Dynamo's guards
+        self.interpreted = False  # whether a derivative of interpreted operators is being taken
 
 
 # Before the namespace is taken: a module that fails to import is imported again at the next use.
@@ -101,8 +107,13 @@ _DEFAULT = _checked_backend(os.environ.get("MEGACTX_BACKEND") or "auto", "MEGACT
 _choice = _Choice()
 
 _library = torch.library.Library(NAMESPACE, "DEF")
+_TRITON_MISSING = "" if importlib.util.find_spec("triton") else "triton is not installed"
+_INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1" and not _TRITON_MISSING
+_interpreter = torch.library.Library(f"{NAMESPACE}_interpreted", "DEF") if _INTERPRETING else None
 for _name, _schema in SCHEMAS.items():
-    _library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
+    for _each in (_library, _interpreter):
+        if _each is not None:
+            _each.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
 
 
 def _load_extension() -> str:
@@ -122,6 +133,17 @@ def _load_extension() -> str:
 EXTENSION_ERROR = _load_extension()
 
 
+class Triton(Protocol):
+    """A module of Triton launchers: functions with the names and arguments of the operators, and"""
+
+    @staticmethod
+    def unfit(name: str, *args: Any) -> str:
+        """why its kernels do not take these arguments: the empty string where they do.
+
+        Not for arguments that are wrong, which the public functions refuse, but for float64 and sizes past a limit.
+        """
+
+
 @dataclass(eq=False)
 class Operator:
     """One row of the table.  Calling it runs the backend in force."""
@@ -129,6 +151,9 @@ class Operator:
     name: str
     reference: Callable[..., Any]
     overload: Callable[..., Any]
+    interpreted: Callable[..., Any] | None = None  # the Triton kernels on the CPU
+    triton: str = ""  # the module of its Triton launchers
+    fallback: Callable[..., Any] | None = None  # what runs where no kernel fits: the reference, unless told otherwise
 
     def __call__(self, *args: Any) -> Any:
         choice = _choice.name
@@ -142,9 +167,33 @@ class Operator:
         if choice != "auto":
             device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
             reason = why_not(self.name, choice, device)
+            if not reason and choice == "triton":
+                reason = self._launchers().unfit(self.name, *args)
             if reason:
                 raise ValueError(f'backend "{choice}" cannot run {NAMESPACE}::{self.name}: {reason}')
+            if choice == "triton" and device == "cpu":
+                assert self.interpreted is not None
+                return self.interpreted(*args)
         return self.overload(*args)
+
+    def derivative(self, *args: Any) -> Any:
+        """The operator as the derivative of another one: the dispatcher's choice, whatever backend is in force here.
+
+        A backward pass runs in threads of its own, which know no `use_backend`; only what the interpreter computed
+        goes on in the interpreter.
+        """
+        return (self.interpreted if _choice.interpreted and self.interpreted else self.overload)(*args)
+
+    def _launchers(self) -> Triton:
+        module: Any = import_module(self.triton, __package__)
+        return module
+
+    def _launch(self, *args: Any) -> Any:
+        """The Triton kernel, or the fallback for what it does not take."""
+        launchers = self._launchers()
+        if launchers.unfit(self.name, *args):
+            return (self.fallback or self.reference)(*args)
+        return getattr(launchers, self.name)(*args)
 
 
 OPERATORS: dict[str, Operator] = {}
@@ -157,28 +206,55 @@ def register(
     fake: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
+    fallback: Callable[..., Any] | None = None,
 ) -> Operator:
     """Give the operator `name` its reference, its shape function and its derivative.
 
-    An operator whose name ends in `_backward` gets a derivative that refuses, since gradients of gradients are
-    what the reference is for.
+    `fallback` is what runs where no kernel does, by default the reference.  An operator whose name ends in `_backward`
+    gets a derivative that refuses, since gradients of gradients are what the reference is for.
     """
-    qualified = f"{NAMESPACE}::{name}"
     reference = without_autocast(reference)
-    _library.impl(name, reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(qualified, fake, lib=_library)
+    fallback = without_autocast(fallback) if fallback else None
+    _library.impl(name, fallback or reference, "CompositeExplicitAutograd")
     if name.endswith("_backward"):
-        backward = _no_second_derivative(qualified)
-    if backward is not None:
-        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
-    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
-    OPERATORS[name] = operator = Operator(name, reference, overload)
+        backward = _no_second_derivative(f"{NAMESPACE}::{name}")
+    found: list[Any] = []
+    for library, derivative in ((_library, backward), (_interpreter, backward and _interpreted(backward))):
+        if library is None:
+            found.append(None)
+            continue
+        qualified = f"{library.ns}::{name}"
+        torch.library.register_fake(qualified, fake, lib=library)
+        if derivative is not None:
+            torch.library.register_autograd(qualified, derivative, setup_context=setup_context, lib=library)
+        found.append(getattr(getattr(torch.ops, library.ns), name).default)
+    OPERATORS[name] = operator = Operator(name, reference, *found, fallback=fallback)
     return operator
 
 
-def implement(name: str, backend: str, function: Callable[..., Any]) -> None:
-    """Register `function` as the `backend` implementation of the operator `name`."""
-    _library.impl(name, function, _DISPATCH_KEY[backend])
+def triton(name: str, module: str) -> None:
+    """Say that `module` (relative to this package) holds Triton launchers, and one for the operator `name`."""
+    operator = OPERATORS[name]
+    operator.triton = module
+    if _TRITON_MISSING:
+        return
+    launch = without_autocast(operator._launch)
+    _library.impl(name, launch, _DISPATCH_KEY["triton"])
+    if _interpreter is not None:
+        _interpreter.impl(name, launch, "CPU")
+
+
+def _interpreted(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """`backward`, with the interpreted operators for the operators it calls."""
+
+    def run(ctx: Any, *grads: torch.Tensor) -> Any:
+        before, _choice.interpreted = _choice.interpreted, True
+        try:
+            return backward(ctx, *grads)
+        finally:
+            _choice.interpreted = before
+
+    return run
 
 
 def _no_second_derivative(qualified: str) -> Callable[..., Any]:
@@ -195,10 +271,12 @@ def why_not(name: str, backend: str, device: str | None = None) -> str:
     """Why `backend` does not run operator `name` (on `device`): the empty string where it does."""
     if backend == "reference":
         return ""
-    qualified = f"{NAMESPACE}::{name}"
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, _DISPATCH_KEY[backend]):
-        if backend == "triton":
+    if backend == "triton":
+        if name not in OPERATORS or not OPERATORS[name].triton:
             return "no Triton kernel is registered for this operator"
+        if _TRITON_MISSING or (_INTERPRETING and device != "cuda"):
+            return _TRITON_MISSING
+    elif not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", _DISPATCH_KEY[backend]):
         return EXTENSION_ERROR or "the C++ extension holds no kernel for this operator"
     if device is not None and device != _DEVICE[backend]:
         return f"it runs on {_DEVICE[backend]} tensors, got {device}"

@@ -138,7 +138,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Any, ...]:
     *tensors, key_padding_mask = ctx.saved_tensors
     causal, scale = ctx.settings
-    grad_q, grad_k, grad_v, grad_sinks = _ALIBI_BACKWARD.overload(grad_out, *tensors, causal, key_padding_mask, scale)
+    grad_q, grad_k, grad_v, grad_sinks = _ALIBI_BACKWARD.derivative(grad_out, *tensors, causal, key_padding_mask, scale)
     with_sinks = tensors[-1] is not None
     return (grad_q, grad_k, grad_v, None, None, None, grad_sinks if with_sinks else None, None, None, None)
 
@@ -153,3 +153,5 @@ _ALIBI = _library.register(
 _ALIBI_BACKWARD = _library.register(
     "alibi_attention_backward", reference=reference.alibi_attention_backward, fake=_backward_fake
 )
+for _name in ("alibi_attention", "alibi_attention_backward"):
+    _library.triton(_name, ".attention.launch")

@@ -57,7 +57,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
-    return (*_GIST_BACKWARD.overload(grad_out, *ctx.saved_tensors, *ctx.settings), None, None, None)
+    return (*_GIST_BACKWARD.derivative(grad_out, *ctx.saved_tensors, *ctx.settings), None, None, None)
 
 
 _GIST = _library.register(

@@ -224,7 +224,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[Any, ...]:
     logits, targets, lse, step_weights, context_weights = ctx.saved_tensors
     sizes, options = ctx.options
-    grad = _MTP_BACKWARD.overload(grad_loss, logits, targets, lse, sizes, step_weights, context_weights, *options)
+    grad = _MTP_BACKWARD.derivative(grad_loss, logits, targets, lse, sizes, step_weights, context_weights, *options)
     return (grad, *(None,) * 9)
 
 
@@ -240,7 +240,7 @@ def _linear_backward(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[Any,
     hidden, weight, bias, targets, lse, step_weights, context_weights = ctx.saved_tensors
     sizes, options = ctx.options
     need = ctx.needs_input_grad[:3]
-    grads = _LINEAR_BACKWARD.overload(
+    grads = _LINEAR_BACKWARD.derivative(
         grad_loss, hidden, weight, bias, targets, lse, sizes, step_weights, context_weights, *options, *need
     )
     return (*(grad if needed else None for grad, needed in zip(grads, need, strict=True)), *(None,) * 9)

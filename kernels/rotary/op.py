@@ -163,7 +163,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Any, ...]:
-    grads = _ROPE_BACKWARD.overload(grad_q, grad_k, *ctx.saved_tensors, *ctx.settings)
+    grads = _ROPE_BACKWARD.derivative(grad_q, grad_k, *ctx.saved_tensors, *ctx.settings)
     return (*grads, *(None,) * 10)
 
 
@@ -178,3 +178,5 @@ _ROPE_ = _library.register("gaussian_rope_", reference=reference.gaussian_rope_,
 _ROPE_BACKWARD = _library.register(
     "gaussian_rope_backward", reference=reference.gaussian_rope_backward, fake=_backward_fake
 )
+for _name in ("gaussian_rope", "gaussian_rope_", "gaussian_rope_backward"):
+    _library.triton(_name, ".rotary.launch")

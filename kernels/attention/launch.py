@@ -1,0 +1,2 @@
+"""placeholder"""
+def unfit(name, *args): return "no kernels yet"
