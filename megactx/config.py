@@ -14,7 +14,9 @@ from typing import Any, Literal, get_args
 
 Kind = Literal["categorical", "numeric"]
 Activation = Literal["gelu", "relu2", "silu", "swiglu"]
-Position = Literal["simple", "learned", "none"]
+Position = Literal["simple", "gaussian", "gaussian_alibi", "gaussian_lod2d", "gaussian_lod2d_alibi", "learned", "none"]
+Sigma = Literal["uniform", "power"]
+AlibiRule = Literal["press", "geometric"]
 
 # What keeps a standardised value, and its square, finite and its code exact in float32, the model's arithmetic.
 _MAX_CODES = 2**24
@@ -93,9 +95,16 @@ class ContextConfig:
 class GPTConfig:
     """A pre-norm decoder over the sum of its contexts' embeddings.
 
-    `position`: "simple" is plain rotary, "learned" a table of `block_size` rows added to the embeddings, "none" leaves
-    order to the causal mask. `n_kv_head` below `n_head` groups queries (GQA). `context_weights` are the weights of the
-    per-context losses, in the order of `contexts`; they are normalised to sum to 1, None weighs all alike.
+    `position`: a kind of `megactx.nn.GaussianRoPE` ("simple" is plain rotary), "learned" a table of `block_size` rows
+    added to the embeddings, "none" leaves order to the causal mask. A token of level of detail l stands for
+    `lod_block_size ** l` tokens; `rope_sigma`, `lod_pairs` and `alibi_rule` say what the "gaussian", "..._lod2d" and
+    "..._alibi" kinds make of it. `n_kv_head` below `n_head` groups queries (GQA).
+
+    `use_flash_lobo` learns a constant C in the denominator of every softmax of attention, one a layer, or one a head
+    with `use_flash_lobo_per_head`; log C starts at `flash_lobo_log_const`.
+
+    `context_weights` are the weights of the per-context losses, in the order of `contexts`; they are normalised to sum
+    to 1, None weighs all alike.
     """
 
     contexts: tuple[ContextConfig, ...]
@@ -108,17 +117,24 @@ class GPTConfig:
     activation: Activation = "gelu"
     position: Position = "simple"
     rope_base: float = 10000.0
+    rope_sigma: Sigma = "uniform"
+    lod_block_size: int = 32
+    lod_pairs: int | None = None
+    alibi_rule: AlibiRule = "press"
     qk_norm: bool = True
     tie_weights: bool = True
     norm_eps: float = 1e-6
     numerical_mlp_hidden_dim: int = 64
     numerical_mlp_num_layers: int = 2
     context_weights: tuple[float, ...] | None = None
+    use_flash_lobo: bool = False
+    use_flash_lobo_per_head: bool = False
+    flash_lobo_log_const: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "contexts", tuple(self.contexts))
         self._check_contexts()
-        for field in ("block_size", "n_layer", "n_head", "n_embd", "numerical_mlp_hidden_dim"):
+        for field in ("block_size", "n_layer", "n_head", "n_embd", "numerical_mlp_hidden_dim", "lod_block_size"):
             _check_int(field, getattr(self, field), 1)
         _check_int("numerical_mlp_num_layers", self.numerical_mlp_num_layers, 2)
         if self.n_kv_head is not None:
@@ -128,7 +144,6 @@ class GPTConfig:
         if self.n_head % self.kv_heads:
             raise ValueError(f"n_head must be a multiple of n_kv_head, got {self.n_head} and {self.n_kv_head}")
         _check_choice("activation", self.activation, get_args(Activation))
-        _check_choice("position", self.position, get_args(Position))
         if self.head_dim % 2:
             raise ValueError(f"n_embd / n_head must be even, got {self.n_embd} / {self.n_head} = {self.head_dim}")
         if not 0 <= _check_real("dropout", self.dropout) < 1:
@@ -136,9 +151,27 @@ class GPTConfig:
         for field in ("rope_base", "norm_eps"):
             if _check_real(field, getattr(self, field)) <= 0:
                 raise ValueError(f"{field} must be above 0, got {getattr(self, field)}")
-        for field in ("qk_norm", "tie_weights"):
+        for field in ("qk_norm", "tie_weights", "use_flash_lobo", "use_flash_lobo_per_head"):
             if not isinstance(getattr(self, field), bool):
                 raise TypeError(f"{field} must be True or False, got {getattr(self, field)!r}")
+        self._check_position()
+        if abs(_check_real("flash_lobo_log_const", self.flash_lobo_log_const)) > 1e4:
+            raise ValueError(f"flash_lobo_log_const must be within +-1e4, got {self.flash_lobo_log_const}")
+        for field in ("use_flash_lobo_per_head", "flash_lobo_log_const"):
+            if getattr(self, field) and not self.use_flash_lobo:
+                raise ValueError(f"{field} must not be set without use_flash_lobo, got {getattr(self, field)}")
+
+    def _check_position(self) -> None:
+        _check_choice("position", self.position, get_args(Position))
+        _check_choice("rope_sigma", self.rope_sigma, get_args(Sigma))
+        _check_choice("alibi_rule", self.alibi_rule, get_args(AlibiRule))
+        if self.lod_pairs is None:
+            return
+        _check_int("lod_pairs", self.lod_pairs, 1)
+        if "lod2d" not in self.position:
+            raise ValueError(f"lod_pairs must be None where position = {self.position!r}, got {self.lod_pairs}")
+        if self.lod_pairs > self.head_dim // 2:
+            raise ValueError(f"lod_pairs must be at most {self.head_dim // 2}, half a head, got {self.lod_pairs}")
 
     def _check_contexts(self) -> None:
         if not self.contexts:
@@ -168,6 +201,11 @@ class GPTConfig:
     def head_dim(self) -> int:
         """Channels per attention head."""
         return self.n_embd // self.n_head
+
+    @property
+    def rotary(self) -> bool:
+        """Whether queries and keys are turned, so that positions and levels of detail may be anything."""
+        return self.position not in ("learned", "none")
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megactx.kernels import gaussian_rope
+from megactx.kernels import alibi_attention
 from megactx.model import GPT, Block
 from megactx.nn.embedding import segment_offsets
 
@@ -55,6 +55,7 @@ class _Layer:
         self.out = attention.out.weight.detach().T.to(dtype).contiguous()
         self.up = (up * _gain(block.mlp_norm.weight)).T.to(dtype).contiguous()
         self.down = down.to(dtype).contiguous().T  # a tall matrix times one row is faster from this side
+        self.sinks = None if attention.sinks is None else attention.sinks.detach().float().contiguous()
 
 
 class _Numeric:
@@ -119,6 +120,7 @@ class _Workspace:
         # for one position, the grouped queries of a key/value head are the rows of one matrix
         self.q_groups = self.q.view(batch * kv_heads, -1, width)
         self.mixed = torch.empty_like(self.q_groups)
+        self.positions = torch.arange(length, device=decoder.device)
         self.mixed_rows = self.mixed.view(rows, config.n_embd)
         self.up = empty(rows, decoder.layers[0].up.shape[1])
         self.half = self.up.chunk(2, dim=-1)
@@ -156,6 +158,7 @@ class Decoder:
         with torch.inference_mode(), self._undisturbed(1):
             blocks = [block for block in model.blocks if isinstance(block, Block)]
             self.layers = [_Layer(block, dtype) for block in blocks]
+            self._rope = blocks[0].attention.rope  # that of all blocks
             gain = _gain(model.norm.weight)
             head = model.head_weight
             self._head = None if head is None else (head.detach() * gain).T.to(dtype).contiguous()
@@ -173,6 +176,9 @@ class Decoder:
                 (config.block_size, batch_size, len(config.contexts)), dtype=torch.int64, device=self.device
             )
             self._q_turn, self._kv_turn = self._turns()
+            self._slopes = None if self._rope is None else self._rope.slopes
+            self._bias = self._biases()
+            self._sinks = [None if one.sinks is None else self._grouped(one.sinks[:, None]) for one in self.layers]
             self._single = _Workspace(self, 1)
         self._at: list[Any] = [None] * config.block_size
         self._mm = torch.mm if dtype == torch.float32 else _narrow_mm
@@ -181,21 +187,28 @@ class Decoder:
     def _turns(self) -> tuple[Tensor, Tensor]:
         """Per position of the window the complex factors of q `[T, D/2]` and of k and v `[2, 1, 1, T, D/2]`.
 
-        The rotation is read off `gaussian_rope` itself, by turning the unit vector of every pair. Values are not
-        turned; the scales of the attention logits and of the QK-norm are all carried by q.
+        Values are not turned; the scales of the attention logits and of the QK-norm are all carried by q. A damped pair
+        has a factor below one.
         """
         config = self.model.config
         length, half = config.block_size, config.head_dim // 2
         turn = torch.ones(length, half, dtype=torch.complex64, device=self.device)
-        if config.position == "simple":
-            unit = torch.cat((torch.ones(length, half), torch.zeros(length, half)), dim=-1).to(self.device)
-            positions = torch.arange(length, device=self.device)
-            turned, _ = gaussian_rope(
-                unit[None, :, None], unit[None, :, None], positions, base=config.rope_base, sigma="none"
-            )
-            turn = torch.complex(*turned[0, :, 0].chunk(2, dim=-1))
+        if self._rope is not None:
+            cos, sin, _ = self._rope.tables(torch.arange(length, device=self.device))
+            turn = torch.complex(cos[0, :, 0], sin[0, :, 0])
         scale = config.head_dim ** (0.5 if config.qk_norm else -0.5)
         return turn * scale, torch.stack((turn, torch.ones_like(turn)))[:, None, None]
+
+    def _biases(self) -> Tensor | None:
+        """The ALiBi bias of the last query of a full window, `[B * Hk, G, T]`: that of a shorter one is its end."""
+        if self._slopes is None:
+            return None
+        distances = torch.arange(self.model.config.block_size - 1, -1, -1, device=self.device)
+        return self._grouped(-self._slopes[:, None] * distances)
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        """`[Hq, n]` to `[B * Hk, G, n]`, the layout of one position's scores."""
+        return x.unflatten(0, (self.model.config.kv_heads, -1)).repeat(self.batch_size, 1, 1)
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -237,14 +250,16 @@ class Decoder:
             rows = self._positions[start : start + work.length]
             work.x.view(self.batch_size, work.length, -1).add_(rows)
 
-    def _views(self, start: int, length: int) -> tuple[Tensor, Tensor, list[tuple[_Layer, Tensor, Tensor, Tensor]]]:
-        """The turns of `length` positions, and per layer its weights, the cache they write and the cache they read."""
+    def _views(self, start: int, length: int) -> tuple[Any, ...]:
+        """The turns and the bias of `length` positions, and per layer its weights, sinks, and the cache they write and
+        read."""
         stop = start + length
         slots = self._cache.narrow(4, start, length).unbind(0)
         keys = self._keys.narrow(3, 0, stop).unbind(0)
         values = self._values.narrow(2, 0, stop).unbind(0)
-        layers = list(zip(self.layers, slots, keys, values, strict=True))
-        return self._q_turn.narrow(0, start, length), self._kv_turn.narrow(3, start, length), layers
+        layers = list(zip(self.layers, self._sinks, slots, keys, values, strict=True))
+        bias = None if self._bias is None else self._bias.narrow(2, self._bias.shape[2] - stop, stop)
+        return self._q_turn.narrow(0, start, length), self._kv_turn.narrow(3, start, length), bias, layers
 
     def _run(self, tokens: Tensor, start: int, work: _Workspace) -> tuple[Tensor | None, Tensor | None]:
         if torch.get_num_threads() == 1 and not torch.is_autocast_enabled(self.device.type):
@@ -269,27 +284,38 @@ class Decoder:
         self._embed(tokens, start, work)
         x = work.x
         if length > 1:
-            q_turn, kv_turn, layers = self._views(start, length)
+            q_turn, kv_turn, bias, layers = self._views(start, length)
         else:
             found = self._at[start]
             if found is None:  # every position of a window comes again in the next one
                 found = self._at[start] = self._views(start, 1)
-            q_turn, kv_turn, layers = found
+            q_turn, kv_turn, bias, layers = found
         qk_norm = self.model.config.qk_norm
-        for layer, slot, k, v in layers:
+        for layer, sink, slot, k, v in layers:
             self._mm(_normalise(work), layer.qkv, out=work.qkv)
             if qk_norm:
                 torch.linalg.vector_norm(work.qk, 2, -1, True, out=work.qk_norm)
                 work.qk.div_(work.qk_norm.hypot_(self._head_eps))
             torch.mul(work.q_pairs, q_turn, out=work.q_rotated)
             torch.mul(work.kv_pairs, kv_turn, out=slot)
-            self._addmm(x, _attend(work, k, v), layer.out, out=x)
+            mixed = _attend(work, k, v, bias, sink) if length == 1 else self._attend_all(work, k, v, layer.sinks)
+            self._addmm(x, mixed, layer.out, out=x)
             self._mm(_normalise(work), layer.up, out=work.up)
             self._addmm(x, self._activate(work), layer.down, out=x)
         last = _normalise(work) if length == 1 else _normalise(work).view(self.batch_size, length, -1)[:, -1]
         logits = None if self._head is None else (last.to(self._head.dtype) @ self._head).float()
         scaled = None if self._numeric is None else self._numeric.predict(last)
         return logits, scaled
+
+    def _attend_all(self, work: _Workspace, keys: Tensor, values: Tensor, sinks: Tensor | None) -> Tensor:
+        """Causal attention of a prefill, `[B * P, E]`: it starts an empty cache, so queries and keys are as many."""
+        k, v = (u.unflatten(0, (self.batch_size, -1)) for u in (keys.transpose(-1, -2), values))
+        if self._slopes is None and sinks is None:
+            mixed = F.scaled_dot_product_attention(work.q, k, v, is_causal=True, scale=1.0, enable_gqa=True)
+            return mixed.transpose(1, 2).reshape(work.unit.shape)
+        q, k, v = (u.transpose(1, 2) for u in (work.q, k, v))
+        mixed = alibi_attention(q, k, v, work.positions, slopes=self._slopes, sinks=sinks, scale=1.0)
+        return mixed.reshape(work.unit.shape)
 
     def _activate(self, work: _Workspace) -> Tensor:
         """The activation in place; the GELU's constants are in the matrices around it."""
@@ -311,18 +337,17 @@ def _normalise(work: _Workspace) -> Tensor:
     return torch.div(work.x, work.norm, out=work.unit)
 
 
-def _attend(work: _Workspace, keys: Tensor, values: Tensor) -> Tensor:
-    """Attention of the workspace's queries, `[B * P, E]`; `keys` come transposed, `[B * Hk, D, stop]`.
-
-    One query sees all keys: two products and a softmax. A prefill starts an empty cache, so top-left causal is right.
-    """
-    if work.length == 1:
-        weights = torch.bmm(work.q_groups, keys).softmax(-1)
-        torch.bmm(weights, values, out=work.mixed)
-        return work.mixed_rows
-    k, v = (u.unflatten(0, (work.q.shape[0], -1)) for u in (keys.transpose(-1, -2), values))
-    mixed = F.scaled_dot_product_attention(work.q, k, v, is_causal=True, scale=1.0, enable_gqa=True)
-    return mixed.transpose(1, 2).reshape(work.unit.shape)
+def _attend(work: _Workspace, keys: Tensor, values: Tensor, bias: Tensor | None, sink: Tensor | None) -> Tensor:
+    """Attention of one position, which sees all keys: two products and a softmax. `keys` come transposed,
+    `[B * Hk, D, stop]`; a sink is one more score, whose weight no value meets."""
+    q = work.q_groups
+    scores = torch.bmm(q, keys) if bias is None else torch.baddbmm(bias, q, keys)
+    if sink is None:
+        weights = scores.softmax(-1)
+    else:
+        weights = torch.cat((scores, sink), -1).softmax(-1).narrow(-1, 0, values.shape[1])
+    torch.bmm(weights, values, out=work.mixed)
+    return work.mixed_rows
 
 
 def _narrow_mm(x: Tensor, weight: Tensor, *, out: Tensor) -> Tensor:

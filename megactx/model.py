@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,18 +49,39 @@ class Block(nn.Module):
             config.n_embd,
             config.n_head,
             config.n_kv_head,
-            rotary=config.position == "simple",
-            rope_base=config.rope_base,
+            position=config.position,
             qk_norm=config.qk_norm,
             norm_eps=config.norm_eps,
             dropout=config.dropout,
+            sinks=("head" if config.use_flash_lobo_per_head else "layer") if config.use_flash_lobo else None,
+            log_const=config.flash_lobo_log_const,
+            **_rope_settings(config),
         )
         self.mlp_norm = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config.n_embd, config.activation, config.dropout)
 
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), positions)
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor | None = None,
+        lods: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), positions, lods, key_padding_mask)
         return x + self.mlp(self.mlp_norm(x))
+
+
+def _rope_settings(config: GPTConfig) -> dict[str, Any]:
+    """The settings of the blocks' `GaussianRoPE`, none where nothing is turned."""
+    if not config.rotary:
+        return {}
+    return {
+        "base": config.rope_base,
+        "sigma": config.rope_sigma,
+        "block_size": config.lod_block_size,
+        "lod_pairs": config.lod_pairs,
+        "slopes_rule": config.alibi_rule,
+    }
 
 
 class GPT(nn.Module):
@@ -126,6 +147,9 @@ class GPT(nn.Module):
         tokens: Tokens,
         targets: Tokens | None = None,
         *,
+        positions: Tensor | None = None,
+        lods: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
         token_order: Sequence[str] | None = None,
         last_only: bool | None = None,
     ) -> GPTOutput:
@@ -136,9 +160,16 @@ class GPT(nn.Module):
         `targets`: the same three forms, -1 is ignored. `last_only` runs the heads on the last position alone; by
         default exactly where there are no targets.
 
+        `positions`, `lods`: int32 or int64, `[T]` for all rows alike or `[B, T]`: where each token stands, by default
+        0 .. T - 1, and its level of detail, by default 0. Rotary kinds take any position ("simple" makes nothing of
+        the lods), "learned" those of its table, and "none" none; these two take no lods. `block_size` limits how many
+        tokens there are, not where they stand. `key_padding_mask` bool `[B, T]`: False hides a token from all others;
+        it is for the caller to give such tokens the target -1, and to pad on the left where the last position counts.
+
         The loss is the weighted mean over contexts of cross-entropy (categorical) or squared error of the standardised
         value (numeric), in float32 whatever the model's type (float64 for a double one). ValueError: a missing, unknown
-        or repeated context, an id or a target outside its vocabulary, no position at all, or more than `block_size`.
+        or repeated context, an id or a target outside its vocabulary, no position at all, more than `block_size`, or
+        positions, lods or a mask of another shape or with no use for them.
         """
         packed = self.pack(tokens, token_order)
         _, length, _ = packed.shape
@@ -150,8 +181,9 @@ class GPT(nn.Module):
         if last_only and targets is not None:
             raise ValueError("last_only must not be True when targets are given: the loss needs every position")
         self.check_ids(packed)
+        self._check_places(packed, positions, lods, key_padding_mask)
 
-        x = self.hidden(packed)
+        x = self.hidden(packed, positions, lods, key_padding_mask)
         x = self.norm(x[:, -1:] if last_only else x)
         weight = self.head_weight
         flat = None if weight is None else F.linear(x, weight)
@@ -169,15 +201,24 @@ class GPT(nn.Module):
             return self.head.weight
         return None if self.embedding is None else self.embedding.weight
 
-    def hidden(self, packed: Tensor) -> Tensor:
-        """The residual stream after the last block, before the final norm: `[B, T, C]` checked ids to `[B, T, E]`."""
+    def hidden(
+        self,
+        packed: Tensor,
+        positions: Tensor | None = None,
+        lods: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The residual stream after the last block, before the final norm: `[B, T, C]` to `[B, T, E]`. Nothing is
+        checked here; the arguments are those of `forward`."""
         x = self.embed(packed)
-        positions = torch.arange(packed.shape[1], device=packed.device)
         if self.position_embedding is not None:
-            x = x + self.position_embedding[: packed.shape[1]]
+            table = self.position_embedding
+            x = x + (table[: packed.shape[1]] if positions is None else F.embedding(positions, table))
+        if positions is None:
+            positions = torch.arange(packed.shape[1], device=packed.device)
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.blocks:
-            x = block(x, positions)
+            x = block(x, positions, lods, key_padding_mask)
         return x
 
     def embed(self, packed: Tensor) -> Tensor:
@@ -238,7 +279,7 @@ class GPT(nn.Module):
         """
         lowest = IGNORE_INDEX if argument == "targets" else 0
         bad = (packed < lowest) | (packed >= self.limits)
-        if torch.compiler.is_compiling() or packed.device.type != "cpu":
+        if _asynchronous(packed):
             sizes = ", ".join(f"{c.name!r}: {c.vocab_size}" for c in self.config.contexts)
             torch._assert_async(~bad.any(), f"{argument} hold an id outside its context's vocabulary ({sizes})")
         elif bad.any():
@@ -248,6 +289,33 @@ class GPT(nn.Module):
                 f"{argument} of context {context.name!r}: id {int(packed[row, position, index])} at row {row}, "
                 f"position {position} is outside its vocabulary of {context.vocab_size}"
             )
+
+    def _check_places(
+        self, packed: Tensor, positions: Tensor | None, lods: Tensor | None, key_padding_mask: Tensor | None
+    ) -> None:
+        """Refuse positions, levels of detail and masks that do not fit the tokens, or that nothing would read."""
+        config = self.config
+        batch, length, _ = packed.shape
+        for argument, value in (("positions", positions), ("lods", lods), ("key_padding_mask", key_padding_mask)):
+            if value is None:
+                continue
+            wanted = (torch.bool,) if argument == "key_padding_mask" else (torch.int32, torch.int64)
+            if not isinstance(value, Tensor) or value.dtype not in wanted:
+                kind = " or ".join(str(dtype).removeprefix("torch.") for dtype in wanted)
+                raise TypeError(f"{argument} must be a tensor of {kind}, got {getattr(value, 'dtype', value)!r}")
+            shapes = [(batch, length)] if argument == "key_padding_mask" else [(length,), (batch, length)]
+            if tuple(value.shape) not in shapes:
+                shape = " or ".join(str(list(s)) for s in shapes)
+                raise ValueError(f"{argument} must be {shape} as the tokens are, got {list(value.shape)}")
+        if positions is not None and config.position == "none":
+            raise ValueError('positions must be None where position = "none": nothing would read them')
+        if positions is not None and config.position == "learned":
+            inside = (positions >= 0) & (positions < config.block_size)
+            _require(inside, f"positions must be in the learned table, 0 to {config.block_size - 1}")
+        if lods is not None and not config.rotary:
+            raise ValueError(f"lods must be None where position = {config.position!r}: nothing would read them")
+        if lods is not None:
+            _require(lods >= 0, "lods must be at least 0")
 
     def _named(self, flat: Tensor | None, scaled: Tensor | None) -> Iterator[tuple[str, Tensor]]:
         """Views of the packed outputs under the contexts' names, in the config's order."""
@@ -285,6 +353,18 @@ class GPT(nn.Module):
             total = total + (means * self.numeric_scales.view(torch.float32)[2]).sum()
             losses = losses.index_copy(0, self.numeric_index, means.detach().to(dtype))
         return total, losses
+
+
+def _asynchronous(tensor: Tensor) -> bool:
+    """Whether reading a value would stall a GPU, or break a graph being traced."""
+    return torch.compiler.is_compiling() or tensor.device.type != "cpu"
+
+
+def _require(good: Tensor, message: str) -> None:
+    if _asynchronous(good):
+        torch._assert_async(good.all(), message)
+    elif not good.all():
+        raise ValueError(message)
 
 
 def _check_integer(argument: str, tensor: Tensor) -> None:

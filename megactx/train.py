@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +104,8 @@ def build_model_config(config: TrainConfig, bundle: Bundle) -> GPTConfig:
         for c in bundle.contexts
     )
     same = (
-        "block_size n_layer n_head n_kv_head n_embd dropout activation position rope_base qk_norm tie_weights "
+        "block_size n_layer n_head n_kv_head n_embd dropout activation position rope_base rope_sigma lod_block_size "
+        "lod_pairs alibi_rule use_flash_lobo use_flash_lobo_per_head flash_lobo_log_const qk_norm tie_weights "
         "numerical_mlp_hidden_dim numerical_mlp_num_layers"
     )
     weights = parse_context_weights(config.context_weights, [c.name for c in contexts])
@@ -214,6 +216,8 @@ def _find_run(config: TrainConfig) -> Checkpoint | None:
 
 def _check_same_run(found: Checkpoint, config: TrainConfig, model_config: GPTConfig, bundle: Bundle) -> None:
     """A run continues on the model and the data it was started with, or not at all."""
+    from megactx.config import GPTConfig
+
     old = {c["name"]: c["sha256"] for c in found.state["manifest"]["contexts"]}
     new = {c.name: c.sha256 for c in bundle.contexts}
     if list(old) != list(new):
@@ -221,7 +225,8 @@ def _check_same_run(found: Checkpoint, config: TrainConfig, model_config: GPTCon
     for name, digest in new.items():
         if old.get(name) != digest:
             raise MegactxError(f"cannot resume {found.path}: the data of context {name!r} has changed since")
-    saved = found.state["model_config"] | {"optimizer": found.state["train_config"]["optimizer"]}
+    defaults = {field.name: field.default for field in fields(GPTConfig)}  # of fields that an older version had not
+    saved = defaults | found.state["model_config"] | {"optimizer": found.state["train_config"]["optimizer"]}
     asked = model_config.to_json() | {"optimizer": config.optimizer}
     free = ("context_weights", "dropout")  # these change no tensor's shape and may be changed in mid-run
     changed = [

@@ -14,8 +14,9 @@ import math
 import tomllib
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from megactx.config import AlibiRule, Position, Sigma
 from megactx.errors import MegactxError
 
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
@@ -60,10 +61,42 @@ class TrainConfig:
     n_head: int = _flag(6, "model", "query heads", int)
     n_kv_head: int | None = _flag(None, "model", "key/value heads (default: n_head)", int)
     n_embd: int = _flag(384, "model", "width", int)
-    dropout: float = _flag(0.0, "model", "dropout probability", float)
+    dropout: float = _flag(
+        0.0, "model", "dropout probability (of attention weights only without ALiBi and flash lobo)", float
+    )
     activation: str = _flag("gelu", "model", "MLP activation", choices=("gelu", "relu2", "silu", "swiglu"))
-    position: str = _flag("simple", "model", "simple: rotary; learned; none", choices=("simple", "learned", "none"))
+    position: str = _flag(
+        "simple",
+        "model",
+        "simple: rotary; gaussian: rotary that damps coarse levels of detail (LOD); _lod2d: and some pairs turn by the "
+        "LOD; _alibi: and near tokens weigh more; learned: a table; none",
+        choices=get_args(Position),
+    )
     rope_base: float = _flag(10000.0, "model", "base of the rotary frequencies", float)
+    rope_sigma: str = _flag(
+        "uniform",
+        "model",
+        "spread of a token of some LOD in the gaussian kinds: that of an even span (0 for plain tokens), or the power "
+        "lod_block_size^LOD itself",
+        choices=get_args(Sigma),
+    )
+    lod_block_size: int = _flag(
+        32, "model", "tokens that one token of the next LOD stands for (a plain text is all LOD 0)", int
+    )
+    lod_pairs: int | None = _flag(
+        None, "model", "pairs of a head that turn by the LOD in the lod2d kinds (default: an eighth of a head)", int
+    )
+    alibi_rule: str = _flag(
+        "press",
+        "model",
+        "slopes of the alibi kinds: press, 2^(-8(h+1)/heads); geometric, 2^-h",
+        choices=get_args(AlibiRule),
+    )
+    use_flash_lobo: bool = _flag(
+        False, "model", "learn a constant C in the denominator of each attention softmax, one a layer", bool
+    )
+    use_flash_lobo_per_head: bool = _flag(False, "model", "with use_flash_lobo: one a head", bool)
+    flash_lobo_log_const: float = _flag(0.0, "model", "with use_flash_lobo: where log C starts", float)
     qk_norm: bool = _flag(True, "model", "RMS-normalise queries and keys", bool)
     tie_weights: bool = _flag(True, "model", "share the embedding table with the head", bool)
     numerical_mlp_hidden_dim: int = _flag(64, "model", "hidden width of the numeric contexts' MLPs", int)

@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from megactx.config import ContextConfig, GPTConfig
 from megactx.model import GPT
 from megactx.nn import NumericEmbedding, NumericHead, PackedEmbedding
+from megactx.nn.rotary import KINDS
 
 TEXT = ContextConfig("text", vocab_size=11)
 CASE = ContextConfig("case", vocab_size=3)
@@ -182,9 +183,10 @@ def test_no_position_sees_its_future() -> None:
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu2", "silu", "swiglu"])
-@pytest.mark.parametrize("position", ["simple", "learned", "none"])
+@pytest.mark.parametrize("position", [*KINDS, "learned", "none"])
 def test_every_kind_trains_every_parameter(activation: str, position: str) -> None:
-    model = make(activation=activation, position=position, n_kv_head=1, tie_weights=False).train()
+    lobo = {"use_flash_lobo": activation != "silu", "use_flash_lobo_per_head": activation == "gelu"}
+    model = make(activation=activation, position=position, n_kv_head=1, tie_weights=False, **lobo).train()
     tokens = ids(model)
     model(tokens, tokens).loss.backward()
     silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]

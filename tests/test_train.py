@@ -87,6 +87,56 @@ def test_resume_continues_to_the_same_bits(
     assert losses(tmp_path / "whole") == losses(tmp_path / "half")
 
 
+LOBO = ["--use_flash_lobo", "--use_flash_lobo_per_head=true", "--flash_lobo_log_const=-1"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--position=gaussian_alibi", *LOBO, "--optimizer=muon"],
+        ["--position=gaussian_lod2d_alibi", "--lod_pairs=3", "--rope_sigma=power", "--lod_block_size=2"],
+        ["--position=gaussian", "--n_kv_head=1", "--use_flash_lobo"],
+        ["--position=none", *LOBO],
+    ],
+    ids=["alibi", "lod2d", "gaussian", "none"],
+)
+def test_every_kind_of_position_resumes_to_the_same_bits_and_samples(
+    bundle: Path, tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes], flags: list[str]
+) -> None:
+    assert train(bundle, tmp_path / "whole", *flags, "--save_interval=5", "--sample_tokens=4", "--report=true") == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    shutil.rmtree(tmp_path / "half" / "step-00000008")
+    assert train(bundle, tmp_path / "half", "--save_interval=5") == 0  # the checkpoint knows the flags
+    assert_same_bits(tmp_path / "whole", tmp_path / "half")
+    sinks = [value for name, value in content(tmp_path / "whole")[1].items() if name.endswith("attention.log_const")]
+    assert [tuple(value.shape) for value in sinks if value.dim()] == [(2 if LOBO[1] in flags else 1,)] * len(sinks)
+    assert bool(sinks) == any("flash_lobo" in flag for flag in flags)
+    capsysbinary.readouterr()
+    assert cli.main(["sample", "--out_dir", str(tmp_path / "whole"), "--max_new_tokens=40", "--start=def "]) == 0
+    assert b"def " in capsysbinary.readouterr().out
+    assert train(bundle, tmp_path / "half", "--position=learned", "--lod_pairs=3") == 2
+    assert capsysbinary.readouterr().err.startswith(b"error: ")
+
+
+def test_a_run_of_an_older_version_is_continued(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megactx.config import GPTConfig
+    from megactx.train_config import TrainConfig
+
+    names = "rope_sigma lod_block_size lod_pairs alibi_rule use_flash_lobo use_flash_lobo_per_head flash_lobo_log_const"
+    new = names.split()
+    with monkeypatch.context() as older:
+        for cls in (GPTConfig, TrainConfig):
+            full = cls.to_json
+            older.setattr(cls, "to_json", lambda self, full=full: {k: v for k, v in full(self).items() if k not in new})
+        assert train(bundle, tmp_path / "run") == 0
+    assert train(bundle, tmp_path / "run", "--max_iters=10") == 0
+    assert content(tmp_path / "run")[0] == 10
+    assert train(bundle, tmp_path / "run", "--max_iters=12", "--use_flash_lobo") == 2
+    assert "use_flash_lobo: checkpoint has False, asked for True" in capsys.readouterr().err
+
+
 def test_a_resumed_run_keeps_its_settings_and_a_finished_one_changes_nothing(bundle: Path, tmp_path: Path) -> None:
     assert train(bundle, tmp_path / "run") == 0
     rows = losses(tmp_path / "run")
@@ -314,6 +364,9 @@ def test_metrics_of_an_earlier_run_are_set_aside(bundle: Path, tmp_path: Path) -
         (["--device=tpu"], "device: "),
         (["--device=cuda:99"], "device: 'cuda:99' was asked for"),
         (["--n_head=5"], "n_embd"),
+        (["--use_flash_lobo_per_head"], "use_flash_lobo_per_head must not be set without use_flash_lobo"),
+        (["--flash_lobo_log_const=1"], "flash_lobo_log_const must not be set without use_flash_lobo"),
+        (["--lod_pairs=2"], "lod_pairs must be None where position = 'simple'"),
         (["--block_size=100000"], "block_size"),
         (["--multicontext_datasets", "text", "nothing"], "nothing"),
     ],

@@ -10,6 +10,7 @@ from typing import Any
 
 _HOME = {
     "CausalSelfAttention": "attention",
+    "GaussianRoPE": "rotary",
     "MLP": "mlp",
     "NumericEmbedding": "embedding",
     "NumericHead": "embedding",
