@@ -144,6 +144,17 @@ class Triton(Protocol):
         """
 
 
+_LAUNCHERS: dict[str, Triton] = {}
+
+
+@torch.compiler.assume_constant_result
+def _import_launchers(module: str) -> None:
+    """Have `module` in the table.  Dynamo, which follows no import, calls this while it traces."""
+    if module not in _LAUNCHERS:
+        launchers: Any = import_module(module, __package__)
+        _LAUNCHERS[module] = launchers
+
+
 @dataclass(eq=False)
 class Operator:
     """One row of the table.  Calling it runs the backend in force."""
@@ -185,8 +196,8 @@ class Operator:
         return (self.interpreted if _choice.interpreted and self.interpreted else self.overload)(*args)
 
     def _launchers(self) -> Triton:
-        module: Any = import_module(self.triton, __package__)
-        return module
+        _import_launchers(self.triton)
+        return _LAUNCHERS[self.triton]
 
     def _launch(self, *args: Any) -> Any:
         """The Triton kernel, or the fallback for what it does not take."""
@@ -227,7 +238,10 @@ def register(
         torch.library.register_fake(qualified, fake, lib=library)
         if derivative is not None:
             torch.library.register_autograd(qualified, derivative, setup_context=setup_context, lib=library)
-        found.append(getattr(getattr(torch.ops, library.ns), name).default)
+        overload = getattr(getattr(torch.ops, library.ns), name).default
+        if name.endswith("_"):
+            library.impl(name, _counting_writes(overload), "ADInplaceOrView", with_keyset=True)
+        found.append(overload)
     OPERATORS[name] = operator = Operator(name, reference, *found, fallback=fallback)
     return operator
 
@@ -253,6 +267,17 @@ def _interpreted(backward: Callable[..., Any]) -> Callable[..., Any]:
             return backward(ctx, *grads)
         finally:
             _choice.interpreted = before
+
+    return run
+
+
+def _counting_writes(overload: Any) -> Callable[..., Any]:
+    """A kernel writes memory unseen by autograd, which has to know that a tensor it saved is not what it was."""
+    written = [i for i, argument in enumerate(overload._schema.arguments) if argument.is_write]
+
+    def run(keyset: Any, *args: Any) -> Any:
+        torch.autograd.graph.increment_version([args[i] for i in written])
+        return overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
 
     return run
 
@@ -290,6 +315,11 @@ def backends() -> dict[str, dict[str, str]]:
     for family in _FAMILIES:
         import_module(f".{family}.op", __package__)
     return {name: {b: why_not(name, b) or "live" for b in BACKENDS if b != "auto"} for name in SCHEMAS}
+
+
+def chosen() -> str:
+    """The backend in force here, for a public function that has a better way than an operator under `auto`."""
+    return _choice.name
 
 
 @contextmanager
