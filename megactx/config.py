@@ -18,16 +18,22 @@ Position = Literal["simple", "gaussian", "gaussian_alibi", "gaussian_lod2d", "ga
 Sigma = Literal["uniform", "power"]
 AlibiRule = Literal["press", "geometric"]
 
+# What each setting of the rotation is read by: the kinds with this word in them. "rope_base" is free to be set where
+# nothing is turned, as it was before the other kinds came: a checkpoint may hold it.
+_READ_BY = {"rope_sigma": "gaussian", "lod_block_size": "gaussian", "lod_pairs": "lod2d", "alibi_rule": "alibi"}
+
 # What keeps a standardised value, and its square, finite and its code exact in float32, the model's arithmetic.
 _MAX_CODES = 2**24
 _STD_RANGE = (1e-6, 1e12)
 
 
-def _check_int(field: str, value: object, minimum: int) -> None:
+def _check_int(field: str, value: object, minimum: int, maximum: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{field} must be an integer, got {value!r}")
     if value < minimum:
         raise ValueError(f"{field} must be at least {minimum}, got {value}")
+    if maximum is not None and value > maximum:
+        raise ValueError(f"{field} must be at most {maximum}, got {value}")
 
 
 def _check_real(field: str, value: object) -> float:
@@ -98,10 +104,11 @@ class GPTConfig:
     `position`: a kind of `megactx.nn.GaussianRoPE` ("simple" is plain rotary), "learned" a table of `block_size` rows
     added to the embeddings, "none" leaves order to the causal mask. A token of level of detail l stands for
     `lod_block_size ** l` tokens; `rope_sigma`, `lod_pairs` and `alibi_rule` say what the "gaussian", "..._lod2d" and
-    "..._alibi" kinds make of it. `n_kv_head` below `n_head` groups queries (GQA).
+    "..._alibi" kinds make of it; where nothing reads one of the four it is refused. `n_kv_head` below `n_head` groups
+    queries (GQA).
 
     `use_flash_lobo` learns a constant C in the denominator of every softmax of attention, one a layer, or one a head
-    with `use_flash_lobo_per_head`; log C starts at `flash_lobo_log_const`.
+    with `use_flash_lobo_per_head`; log C starts at `flash_lobo_log_const`, and stays there with `flash_lobo_fixed`.
 
     `context_weights` are the weights of the per-context losses, in the order of `contexts`; they are normalised to sum
     to 1, None weighs all alike.
@@ -130,11 +137,12 @@ class GPTConfig:
     use_flash_lobo: bool = False
     use_flash_lobo_per_head: bool = False
     flash_lobo_log_const: float = 0.0
+    flash_lobo_fixed: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "contexts", tuple(self.contexts))
         self._check_contexts()
-        for field in ("block_size", "n_layer", "n_head", "n_embd", "numerical_mlp_hidden_dim", "lod_block_size"):
+        for field in ("block_size", "n_layer", "n_head", "n_embd", "numerical_mlp_hidden_dim"):
             _check_int(field, getattr(self, field), 1)
         _check_int("numerical_mlp_num_layers", self.numerical_mlp_num_layers, 2)
         if self.n_kv_head is not None:
@@ -151,27 +159,42 @@ class GPTConfig:
         for field in ("rope_base", "norm_eps"):
             if _check_real(field, getattr(self, field)) <= 0:
                 raise ValueError(f"{field} must be above 0, got {getattr(self, field)}")
-        for field in ("qk_norm", "tie_weights", "use_flash_lobo", "use_flash_lobo_per_head"):
+        for field in ("qk_norm", "tie_weights", "use_flash_lobo", "use_flash_lobo_per_head", "flash_lobo_fixed"):
             if not isinstance(getattr(self, field), bool):
                 raise TypeError(f"{field} must be True or False, got {getattr(self, field)!r}")
         self._check_position()
-        if abs(_check_real("flash_lobo_log_const", self.flash_lobo_log_const)) > 1e4:
-            raise ValueError(f"flash_lobo_log_const must be within +-1e4, got {self.flash_lobo_log_const}")
-        for field in ("use_flash_lobo_per_head", "flash_lobo_log_const"):
-            if getattr(self, field) and not self.use_flash_lobo:
-                raise ValueError(f"{field} must not be set without use_flash_lobo, got {getattr(self, field)}")
+        self._check_flash_lobo()
 
     def _check_position(self) -> None:
         _check_choice("position", self.position, get_args(Position))
         _check_choice("rope_sigma", self.rope_sigma, get_args(Sigma))
         _check_choice("alibi_rule", self.alibi_rule, get_args(AlibiRule))
-        if self.lod_pairs is None:
-            return
-        _check_int("lod_pairs", self.lod_pairs, 1)
-        if "lod2d" not in self.position:
-            raise ValueError(f"lod_pairs must be None where position = {self.position!r}, got {self.lod_pairs}")
-        if self.lod_pairs > self.head_dim // 2:
-            raise ValueError(f"lod_pairs must be at most {self.head_dim // 2}, half a head, got {self.lod_pairs}")
+        _check_int("lod_block_size", self.lod_block_size, 1, 2**31 - 1)
+        if self.lod_pairs is not None:
+            _check_int("lod_pairs", self.lod_pairs, 1)
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if _READ_BY.get(item.name, "") not in self.position and value != item.default:
+                expected = f"{item.default!r} where position = {self.position!r}, for which nothing reads it"
+                raise ValueError(f"{item.name} must be {expected}, got {value!r}")
+        pairs = self.head_dim // 2
+        if "lod2d" in self.position and pairs < 2:
+            least = f"n_embd / n_head must be at least 4 where position = {self.position!r}"
+            raise ValueError(f"{least}, for a pair to turn by the position, got {self.head_dim}")
+        if self.lod_pairs is not None and self.lod_pairs >= pairs:
+            raise ValueError(
+                f"lod_pairs must be at most {pairs - 1}, for one of a head's {pairs} pairs to turn by the position, "
+                f"got {self.lod_pairs}"
+            )
+
+    def _check_flash_lobo(self) -> None:
+        if abs(_check_real("flash_lobo_log_const", self.flash_lobo_log_const)) > 1e4:
+            raise ValueError(f"flash_lobo_log_const must be within +-1e4, got {self.flash_lobo_log_const}")
+        for field in ("use_flash_lobo_per_head", "flash_lobo_log_const", "flash_lobo_fixed"):
+            if getattr(self, field) and not self.use_flash_lobo:
+                raise ValueError(f"{field} must not be set without use_flash_lobo, got {getattr(self, field)}")
+        if self.flash_lobo_fixed and self.use_flash_lobo_per_head:
+            raise ValueError("flash_lobo_fixed must not be set with use_flash_lobo_per_head: one is for all heads")
 
     def _check_contexts(self) -> None:
         if not self.contexts:

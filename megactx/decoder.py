@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +55,6 @@ class _Layer:
         self.out = attention.out.weight.detach().T.to(dtype).contiguous()
         self.up = (up * _gain(block.mlp_norm.weight)).T.to(dtype).contiguous()
         self.down = down.to(dtype).contiguous().T  # a tall matrix times one row is faster from this side
-        self.sinks = None if attention.sinks is None else attention.sinks.detach().float().contiguous()
 
 
 class _Numeric:
@@ -66,7 +65,7 @@ class _Numeric:
         assert embedding is not None
         assert head is not None
         self.index = model.numeric_index
-        self.mean, self.std, _ = model.numeric_scales.view(torch.float32)
+        self.mean, self.std, _ = model.numeric_scales
         self.weight, self.bias = embedding.weight.detach().float(), embedding.bias.detach().float()
         self.middle, self.out = embedding.middle, embedding.out.detach().float().T.contiguous()
         self.head_weight = (head.weight.detach().float() * _gain(model.norm.weight)).T.contiguous()
@@ -120,7 +119,6 @@ class _Workspace:
         # for one position, the grouped queries of a key/value head are the rows of one matrix
         self.q_groups = self.q.view(batch * kv_heads, -1, width)
         self.mixed = torch.empty_like(self.q_groups)
-        self.positions = torch.arange(length, device=decoder.device)
         self.mixed_rows = self.mixed.view(rows, config.n_embd)
         self.up = empty(rows, decoder.layers[0].up.shape[1])
         self.half = self.up.chunk(2, dim=-1)
@@ -130,6 +128,16 @@ class _Workspace:
 
 def _pairs(x: Tensor) -> Tensor:
     return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+
+
+class _Views(NamedTuple):
+    """What the positions of one call meet: the complex factors of q and of k and v, the ALiBi bias, and per layer its
+    weights, its sinks, the slots of the cache to write, and the keys and values to read."""
+
+    q_turn: Tensor
+    kv_turn: Tensor
+    bias: Tensor | None
+    layers: list[tuple[_Layer, Tensor | None, Tensor, Tensor, Tensor]]
 
 
 class Decoder:
@@ -178,9 +186,9 @@ class Decoder:
             self._q_turn, self._kv_turn = self._turns()
             self._slopes = None if self._rope is None else self._rope.slopes
             self._bias = self._biases()
-            self._sinks = [None if one.sinks is None else self._grouped(one.sinks[:, None]) for one in self.layers]
+            self._sinks = [self._sink(block) for block in blocks]
             self._single = _Workspace(self, 1)
-        self._at: list[Any] = [None] * config.block_size
+        self._at: list[_Views | None] = [None] * config.block_size
         self._mm = torch.mm if dtype == torch.float32 else _narrow_mm
         self._addmm = torch.addmm if dtype == torch.float32 else _narrow_addmm
 
@@ -205,6 +213,11 @@ class Decoder:
             return None
         distances = torch.arange(self.model.config.block_size - 1, -1, -1, device=self.device)
         return self._grouped(-self._slopes[:, None] * distances)
+
+    def _sink(self, block: Block) -> Tensor | None:
+        """log C of one block's heads, `[B * Hk, G, 1]`: one more score of each query."""
+        sinks = block.attention.sinks
+        return None if sinks is None else self._grouped(sinks.detach().float()[:, None])
 
     def _grouped(self, x: Tensor) -> Tensor:
         """`[Hq, n]` to `[B * Hk, G, n]`, the layout of one position's scores."""
@@ -250,16 +263,14 @@ class Decoder:
             rows = self._positions[start : start + work.length]
             work.x.view(self.batch_size, work.length, -1).add_(rows)
 
-    def _views(self, start: int, length: int) -> tuple[Any, ...]:
-        """The turns and the bias of `length` positions, and per layer its weights, sinks, and the cache they write and
-        read."""
+    def _views(self, start: int, length: int) -> _Views:
         stop = start + length
         slots = self._cache.narrow(4, start, length).unbind(0)
         keys = self._keys.narrow(3, 0, stop).unbind(0)
         values = self._values.narrow(2, 0, stop).unbind(0)
         layers = list(zip(self.layers, self._sinks, slots, keys, values, strict=True))
         bias = None if self._bias is None else self._bias.narrow(2, self._bias.shape[2] - stop, stop)
-        return self._q_turn.narrow(0, start, length), self._kv_turn.narrow(3, start, length), bias, layers
+        return _Views(self._q_turn.narrow(0, start, length), self._kv_turn.narrow(3, start, length), bias, layers)
 
     def _run(self, tokens: Tensor, start: int, work: _Workspace) -> tuple[Tensor | None, Tensor | None]:
         if torch.get_num_threads() == 1 and not torch.is_autocast_enabled(self.device.type):
@@ -298,7 +309,7 @@ class Decoder:
                 work.qk.div_(work.qk_norm.hypot_(self._head_eps))
             torch.mul(work.q_pairs, q_turn, out=work.q_rotated)
             torch.mul(work.kv_pairs, kv_turn, out=slot)
-            mixed = _attend(work, k, v, bias, sink) if length == 1 else self._attend_all(work, k, v, layer.sinks)
+            mixed = _attend(work, k, v, bias, sink) if length == 1 else self._attend_all(work, k, v, sink)
             self._addmm(x, mixed, layer.out, out=x)
             self._mm(_normalise(work), layer.up, out=work.up)
             self._addmm(x, self._activate(work), layer.down, out=x)
@@ -307,14 +318,16 @@ class Decoder:
         scaled = None if self._numeric is None else self._numeric.predict(last)
         return logits, scaled
 
-    def _attend_all(self, work: _Workspace, keys: Tensor, values: Tensor, sinks: Tensor | None) -> Tensor:
+    def _attend_all(self, work: _Workspace, keys: Tensor, values: Tensor, sink: Tensor | None) -> Tensor:
         """Causal attention of a prefill, `[B * P, E]`: it starts an empty cache, so queries and keys are as many."""
         k, v = (u.unflatten(0, (self.batch_size, -1)) for u in (keys.transpose(-1, -2), values))
-        if self._slopes is None and sinks is None:
+        if self._slopes is None and sink is None:
             mixed = F.scaled_dot_product_attention(work.q, k, v, is_causal=True, scale=1.0, enable_gqa=True)
             return mixed.transpose(1, 2).reshape(work.unit.shape)
         q, k, v = (u.transpose(1, 2) for u in (work.q, k, v))
-        mixed = alibi_attention(q, k, v, work.positions, slopes=self._slopes, sinks=sinks, scale=1.0)
+        positions = torch.arange(work.length, device=self.device)
+        sinks = None if sink is None else sink.view(self.batch_size, -1)[0]  # every row has the same
+        mixed = alibi_attention(q, k, v, positions, slopes=self._slopes, sinks=sinks, scale=1.0)
         return mixed.reshape(work.unit.shape)
 
     def _activate(self, work: _Workspace) -> Tensor:

@@ -124,7 +124,7 @@ class _Draw:
         self.knobs = prepare_knobs(rows, contexts, device, **spread)
         self.seeds = prepare_seeds(_seeds_of_rows(seeds, rows).to(device), rows, contexts, device)
         self.step = 0
-        self.mean, self.std, _ = model.numeric_scales.view(torch.float32)
+        self.mean, self.std, _ = model.numeric_scales
         self.top = (model.limits.index_select(0, model.numeric_index) - 1).float()
         self.order = torch.cat((model.categorical_index, model.numeric_index)).argsort()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from megactx.config import GPTConfig, check_names
 from megactx.kernels import mtp_cross_entropy
 from megactx.nn.attention import CausalSelfAttention
+from megactx.nn.constants import WithConstants
 from megactx.nn.embedding import NumericEmbedding, NumericHead, PackedEmbedding, PackedHead
 from megactx.nn.mlp import MLP
 from megactx.nn.norm import RMSNorm
@@ -53,7 +54,7 @@ class Block(nn.Module):
             qk_norm=config.qk_norm,
             norm_eps=config.norm_eps,
             dropout=config.dropout,
-            sinks=("head" if config.use_flash_lobo_per_head else "layer") if config.use_flash_lobo else None,
+            sinks=_sinks(config),
             log_const=config.flash_lobo_log_const,
             **_rope_settings(config),
         )
@@ -71,6 +72,12 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
+def _sinks(config: GPTConfig) -> Literal["layer", "head", "fixed"] | None:
+    if not config.use_flash_lobo:
+        return None
+    return "fixed" if config.flash_lobo_fixed else "head" if config.use_flash_lobo_per_head else "layer"
+
+
 def _rope_settings(config: GPTConfig) -> dict[str, Any]:
     """The settings of the blocks' `GaussianRoPE`, none where nothing is turned."""
     if not config.rotary:
@@ -84,7 +91,7 @@ def _rope_settings(config: GPTConfig) -> dict[str, Any]:
     }
 
 
-class GPT(nn.Module):
+class GPT(WithConstants):
     """A decoder over the contexts of `config`. See `forward` for the three ways to hand it tokens."""
 
     limits: Tensor
@@ -113,22 +120,20 @@ class GPT(nn.Module):
         self.head = PackedHead(config.vocab_sizes, config.n_embd) if separate else None
         self.numeric_head = NumericHead(len(numeric), config.n_embd, hidden, layers) if numeric else None
 
-        self._register_constants()
+        self.set_constants()
         self._init_weights()
 
-    def _register_constants(self) -> None:
-        """Small facts about the contexts, kept on the model's device: built in `forward` they would stall a GPU."""
+    def constants(self, device: torch.device | None) -> dict[str, Tensor]:
+        """Small facts about the contexts; `numeric_scales` float32 `[3, numeric contexts]`: mean, std, loss weight."""
         contexts, weights = self.config.contexts, self.config.loss_weights
         scales = [[contexts[i].mean, contexts[i].std, weights[i]] for i in self.numeric]
-        constants = {
-            "limits": torch.tensor([context.vocab_size for context in contexts]),
-            "categorical_index": torch.tensor(self.categorical, dtype=torch.int64),
-            "numeric_index": torch.tensor(self.numeric, dtype=torch.int64),
-            # float32 bits under an integer dtype, so that model.bfloat16() does not round a context's mean
-            "numeric_scales": torch.tensor(scales, dtype=torch.float32).reshape(-1, 3).T.contiguous().view(torch.int32),
+        rows = torch.tensor(scales, dtype=torch.float32, device=device).reshape(-1, 3)
+        return {
+            "limits": torch.tensor([context.vocab_size for context in contexts], device=device),
+            "categorical_index": torch.tensor(self.categorical, dtype=torch.int64, device=device),
+            "numeric_index": torch.tensor(self.numeric, dtype=torch.int64, device=device),
+            "numeric_scales": rows.T.contiguous(),
         }
-        for name, value in constants.items():
-            self.register_buffer(name, value, persistent=False)
 
     def _init_weights(self) -> None:
         """N(0, 0.02), and 1/sqrt(2L) of it where a matrix writes to the residual stream: 2L such sums then keep the
@@ -214,8 +219,7 @@ class GPT(nn.Module):
         if self.position_embedding is not None:
             table = self.position_embedding
             x = x + (table[: packed.shape[1]] if positions is None else F.embedding(positions, table))
-        if positions is None:
-            positions = torch.arange(packed.shape[1], device=packed.device)
+        positions, lods = _shared(packed, positions, lods)
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.blocks:
             x = block(x, positions, lods, key_padding_mask)
@@ -234,7 +238,7 @@ class GPT(nn.Module):
 
     def standardise(self, codes: Tensor) -> Tensor:
         """Integer codes `[..., numeric contexts]` to float32 `(code - mean) / std`."""
-        mean, std, _ = self.numeric_scales.view(torch.float32)
+        mean, std, _ = self.numeric_scales
         return (codes - mean) / std
 
     def pack(self, tokens: Tokens, token_order: Sequence[str] | None = None, argument: str = "tokens") -> Tensor:
@@ -350,9 +354,18 @@ class GPT(nn.Module):
             valid = codes != IGNORE_INDEX
             error = torch.where(valid, scaled.flatten(0, 1) - self.standardise(codes), 0.0)
             means = error.square().sum(0) / valid.sum(0).clamp(min=1)
-            total = total + (means * self.numeric_scales.view(torch.float32)[2]).sum()
+            total = total + (means * self.numeric_scales[2]).sum()
             losses = losses.index_copy(0, self.numeric_index, means.detach().to(dtype))
         return total, losses
+
+
+def _shared(packed: Tensor, positions: Tensor | None, lods: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What all blocks are given: `[B, T]` where the caller gave anything, so that a compiled block sees one shape."""
+    default = torch.arange(packed.shape[1], device=packed.device) if positions is None else positions
+    if positions is None and lods is None:
+        return default, None
+    shape = packed.shape[:2]
+    return default.expand(shape).contiguous(), None if lods is None else lods.expand(shape).contiguous()
 
 
 def _asynchronous(tensor: Tensor) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megactx.config import ContextConfig, GPTConfig
 from megactx.errors import MegactxError
 from megactx.files import lock
 from megactx.train_config import TrainConfig, add_flags, read_config_file, resolve
@@ -22,10 +23,14 @@ if TYPE_CHECKING:
     import torch
 
     from megactx.checkpoint import Checkpoint
-    from megactx.config import GPTConfig
     from megactx.data.bundle import Bundle
     from megactx.metrics import Sink
     from megactx.trainer import Trainer
+
+
+# The fields of a model's config that are flags of the same name.
+_FLAGS = {item.name for item in fields(TrainConfig)} - {"context_weights"}  # which are given by name, too
+SAME = [item.name for item in fields(GPTConfig) if item.name in _FLAGS]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +53,12 @@ def run(args: argparse.Namespace) -> int:
     found = _find_run(first)
     config = resolve(typed, file, found.state["train_config"] if found else {})
     bundle = open_bundle(config)
-    model_config = build_model_config(config, bundle)
+    try:
+        model_config = build_model_config(config, bundle)
+    except ValueError as error:
+        if found is None or isinstance(error, MegactxError):
+            raise
+        raise _no_longer_fits(found, config, error) from None
     if found:
         _check_same_run(found, config, model_config, bundle)
     device = pick_device(config.device)
@@ -97,21 +107,12 @@ def open_bundle(config: TrainConfig) -> Bundle:
 
 
 def build_model_config(config: TrainConfig, bundle: Bundle) -> GPTConfig:
-    from megactx.config import ContextConfig, GPTConfig
-
     contexts = tuple(
         ContextConfig(c.name, c.kind, c.vocab_size, *((c.numeric.mean, c.numeric.std) if c.numeric else ()))
         for c in bundle.contexts
     )
-    same = (
-        "block_size n_layer n_head n_kv_head n_embd dropout activation position rope_base rope_sigma lod_block_size "
-        "lod_pairs alibi_rule use_flash_lobo use_flash_lobo_per_head flash_lobo_log_const qk_norm tie_weights "
-        "numerical_mlp_hidden_dim numerical_mlp_num_layers"
-    )
     weights = parse_context_weights(config.context_weights, [c.name for c in contexts])
-    return GPTConfig(
-        contexts=contexts, context_weights=weights, **{name: getattr(config, name) for name in same.split()}
-    )
+    return GPTConfig(contexts=contexts, context_weights=weights, **{name: getattr(config, name) for name in SAME})
 
 
 def parse_context_weights(given: list[str] | None, names: list[str]) -> tuple[float, ...] | None:
@@ -216,8 +217,6 @@ def _find_run(config: TrainConfig) -> Checkpoint | None:
 
 def _check_same_run(found: Checkpoint, config: TrainConfig, model_config: GPTConfig, bundle: Bundle) -> None:
     """A run continues on the model and the data it was started with, or not at all."""
-    from megactx.config import GPTConfig
-
     old = {c["name"]: c["sha256"] for c in found.state["manifest"]["contexts"]}
     new = {c.name: c.sha256 for c in bundle.contexts}
     if list(old) != list(new):
@@ -236,6 +235,17 @@ def _check_same_run(found: Checkpoint, config: TrainConfig, model_config: GPTCon
     ]
     if changed:
         raise MegactxError(f"cannot resume {found.path}: " + "; ".join(changed))
+
+
+def _no_longer_fits(found: Checkpoint, config: TrainConfig, error: ValueError) -> MegactxError:
+    """Settings given now that contradict those of the run: they are named, for the error may name one that was kept."""
+    saved = resolve({}, {}, found.state["train_config"])
+    changed = [
+        f"{name}: checkpoint has {getattr(saved, name)!r}, asked for {getattr(config, name)!r}"
+        for name in SAME
+        if getattr(saved, name) != getattr(config, name)
+    ]
+    return MegactxError(f"cannot resume {found.path}: " + "; ".join([*changed, str(error)]))
 
 
 def _draw_samples(config: TrainConfig, trainer: Trainer) -> None:

@@ -62,7 +62,7 @@ class TrainConfig:
     n_kv_head: int | None = _flag(None, "model", "key/value heads (default: n_head)", int)
     n_embd: int = _flag(384, "model", "width", int)
     dropout: float = _flag(
-        0.0, "model", "dropout probability (of attention weights only without ALiBi and flash lobo)", float
+        0.0, "model", "dropout probability (attention weights are dropped too, unless ALiBi or flash lobo is on)", float
     )
     activation: str = _flag("gelu", "model", "MLP activation", choices=("gelu", "relu2", "silu", "swiglu"))
     position: str = _flag(
@@ -84,7 +84,10 @@ class TrainConfig:
         32, "model", "tokens that one token of the next LOD stands for (a plain text is all LOD 0)", int
     )
     lod_pairs: int | None = _flag(
-        None, "model", "pairs of a head that turn by the LOD in the lod2d kinds (default: an eighth of a head)", int
+        None,
+        "model",
+        "of the head size / 2 pairs of a head, how many turn by the LOD in the lod2d kinds (default: head size / 8)",
+        int,
     )
     alibi_rule: str = _flag(
         "press",
@@ -97,6 +100,7 @@ class TrainConfig:
     )
     use_flash_lobo_per_head: bool = _flag(False, "model", "with use_flash_lobo: one a head", bool)
     flash_lobo_log_const: float = _flag(0.0, "model", "with use_flash_lobo: where log C starts", float)
+    flash_lobo_fixed: bool = _flag(False, "model", "with use_flash_lobo: log C stays there, it is not learned", bool)
     qk_norm: bool = _flag(True, "model", "RMS-normalise queries and keys", bool)
     tie_weights: bool = _flag(True, "model", "share the embedding table with the head", bool)
     numerical_mlp_hidden_dim: int = _flag(64, "model", "hidden width of the numeric contexts' MLPs", int)

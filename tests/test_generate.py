@@ -49,6 +49,7 @@ KINDS = [
     LOBO,
     {"position": "none", **PER_HEAD, "n_kv_head": 1},
     {"position": "learned", **LOBO},
+    {"position": "learned", **LOBO, "flash_lobo_fixed": True, "flash_lobo_log_const": 1.5, "n_kv_head": 2},
     {"position": "gaussian", "n_kv_head": 2, **PER_HEAD},
     {"position": "gaussian", "rope_sigma": "power", "lod_block_size": 2, "qk_norm": False},
     {"position": "gaussian_alibi"},

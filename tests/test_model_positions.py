@@ -18,6 +18,7 @@ TEXT = ContextConfig("text", vocab_size=11)
 CASE = ContextConfig("case", vocab_size=3)
 SMALL = {"block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}
 LOBO = {"use_flash_lobo": True, "use_flash_lobo_per_head": True}
+FIXED = {"use_flash_lobo": True, "flash_lobo_fixed": True, "flash_lobo_log_const": 1.25}
 
 
 def make(position: str, **options: object) -> GPT:
@@ -171,6 +172,48 @@ def test_compiles_to_one_graph_with_places_of_each_row() -> None:
     assert len(set(compiled_after)) == 1  # the first length's graph served them all
 
 
+def test_a_block_compiled_alone_is_compiled_once_for_places_of_any_form() -> None:
+    model = make("gaussian_alibi").eval()
+    graphs = CompileCounterWithBackend("eager")
+    torch._dynamo.reset()
+    block = model.blocks[0]
+    block.compile(backend=graphs, fullgraph=True)
+    tokens, where = ids(), places(model)
+    for positions, lods in (("[B, T]", "[B, T]"), ("[T]", "[B, T]"), ("[B, T]", "[T]"), ("[T]", "[T]"), (None, "[T]")):
+        own = {"positions": positions, "lods": lods}
+        own = {name: where[name][0] if form == "[T]" else where[name] for name, form in own.items() if form}
+        with torch.no_grad():
+            model(tokens, **own)
+        assert graphs.frame_count == 1
+
+
+def test_a_model_made_without_memory_is_the_model_once_it_has_its_weights() -> None:
+    config = GPTConfig(
+        (TEXT, CASE, ContextConfig("value", "numeric", 9, mean=1.3)), **SMALL, position="gaussian_alibi", **FIXED
+    )
+    model = GPT(config)
+    with torch.device("meta"):
+        other = GPT(config)
+    other.to_empty(device="cpu").load_state_dict(model.state_dict())
+    tokens = torch.randint(3, (2, 9, 3))
+    assert torch.equal(other(tokens, tokens).loss, model(tokens, tokens).loss)
+
+
+def test_a_fixed_constant_is_in_every_block_and_in_no_checkpoint() -> None:
+    tokens = ids()
+    fixed, plain = make("gaussian", **FIXED), make("gaussian")
+    assert fixed.state_dict().keys() == plain.state_dict().keys()
+    learned = make("gaussian", use_flash_lobo=True, flash_lobo_log_const=1.25)
+    learned.load_state_dict(fixed.state_dict(), strict=False)
+    with torch.no_grad():
+        for block in learned.blocks:
+            block.attention.log_const.fill_(1.25)
+    plain.load_state_dict(fixed.state_dict())
+    loss = fixed(tokens, tokens).loss
+    torch.testing.assert_close(loss, learned(tokens, tokens).loss)
+    assert not torch.allclose(loss, plain(tokens, tokens).loss)
+
+
 @pytest.mark.parametrize("per_head", [False, True])
 def test_the_constant_starts_where_it_should_is_not_decayed_and_not_orthogonalised(per_head: bool) -> None:
     config = GPTConfig(
@@ -196,6 +239,7 @@ def test_the_constant_starts_where_it_should_is_not_decayed_and_not_orthogonalis
 def test_a_config_of_an_older_version_is_the_model_it_was() -> None:
     data = GPTConfig((TEXT,), **SMALL).to_json()  # type: ignore[arg-type]
     new = ("rope_sigma", "lod_block_size", "lod_pairs", "alibi_rule", "use_flash_lobo", "use_flash_lobo_per_head")
+    new += ("flash_lobo_fixed",)
     old = {name: value for name, value in data.items() if name not in (*new, "flash_lobo_log_const")}
     assert GPTConfig.from_json(old) == GPTConfig.from_json(data)
     full = GPTConfig((TEXT,), **SMALL, **LOBO, position="gaussian_lod2d_alibi", lod_pairs=1, rope_sigma="power")  # type: ignore[arg-type]
@@ -208,8 +252,16 @@ def test_a_config_of_an_older_version_is_the_model_it_was() -> None:
         ({"rope_sigma": "none"}, "rope_sigma must be one of uniform, power, got 'none'"),
         ({"alibi_rule": "linear"}, "alibi_rule must be one of press, geometric"),
         ({"lod_block_size": 0}, "lod_block_size must be at least 1"),
-        ({"lod_pairs": 2}, "lod_pairs must be None where position = 'simple', got 2"),
-        ({"lod_pairs": 5, "position": "gaussian_lod2d"}, "lod_pairs must be at most 4, half a head, got 5"),
+        ({"lod_block_size": 2**31, "position": "gaussian"}, "lod_block_size must be at most 2147483647, got"),
+        ({"lod_pairs": 2}, "lod_pairs must be None where position = 'simple', for which nothing reads it, got 2"),
+        ({"lod_pairs": 2, "position": "gaussian_alibi"}, "lod_pairs must be None where position = 'gaussian_alibi'"),
+        ({"lod_block_size": 2}, "lod_block_size must be 32 where position = 'simple'"),
+        ({"rope_sigma": "power", "position": "none"}, "rope_sigma must be 'uniform' where position = 'none'"),
+        ({"alibi_rule": "geometric", "position": "gaussian"}, "alibi_rule must be 'press' where position = 'gaussian'"),
+        ({"lod_pairs": 4, "position": "gaussian_lod2d"}, "lod_pairs must be at most 3, .*, got 4"),
+        ({"n_head": 16, "position": "gaussian_lod2d_alibi"}, "n_embd / n_head must be at least 4 where .*, got 2"),
+        ({"flash_lobo_fixed": True}, "flash_lobo_fixed must not be set without use_flash_lobo, got True"),
+        ({**LOBO, "flash_lobo_fixed": True}, "flash_lobo_fixed must not be set with use_flash_lobo_per_head"),
         ({"lod_pairs": 0, "position": "gaussian_lod2d"}, "lod_pairs must be at least 1"),
         ({"use_flash_lobo_per_head": True}, "use_flash_lobo_per_head must not be set without use_flash_lobo"),
         ({"flash_lobo_log_const": 2.0}, "flash_lobo_log_const must not be set without use_flash_lobo, got 2.0"),

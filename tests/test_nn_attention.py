@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -11,16 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from megactx.nn import CausalSelfAttention
+from megactx.kernels import backends, use_backend
+from megactx.nn import CausalSelfAttention, GaussianRoPE
 from megactx.nn.rotary import KINDS
 
 EMBD, HEADS = 64, 4
 POSITIONS = (*KINDS, "learned", "none")
-SINKS = (None, "layer", "head")
+SINKS = (None, "layer", "head", "fixed")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def make(position: str = "simple", **options: Any) -> CausalSelfAttention:
     """An attention that attends: sharp scores, and sinks that take a share."""
+    if options.get("sinks") == "fixed":
+        options = {"log_const": 1.5} | options
     attention = CausalSelfAttention(EMBD, HEADS, position=position, **options)
     with torch.no_grad():
         attention.qkv.weight.mul_(4)
@@ -122,6 +127,22 @@ def test_a_sample_is_the_same_in_any_batch(position: str) -> None:
         torch.testing.assert_close(alone[0], together[b], rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("sinks", SINKS)
+def test_between_the_projections_a_sample_is_the_same_in_any_batch_to_the_bit(position: str, sinks: Any) -> None:
+    """Not so the projections: a CPU's matrix product sums in an order that depends on how many rows it has."""
+    attention = make(position, sinks=sinks, n_kv_head=2)
+    attention.qkv, attention.out = torch.nn.Identity(), torch.nn.Identity()  # type: ignore[assignment]
+    heads, where = torch.randn(3, 9, 2 * EMBD), places(position, batch=3)
+    mask = torch.rand(3, 9) > 0.2
+    for padding in ({}, {"key_padding_mask": mask}):
+        together = attention(heads, **where, **padding)
+        for b in range(3):
+            own = {name: value[b : b + 1] for name, value in padding.items()}
+            alone = attention(heads[b : b + 1], **{name: value[b] for name, value in where.items()}, **own)
+            assert torch.equal(alone[0], together[b])
+
+
 @pytest.mark.parametrize("position", KINDS)
 @pytest.mark.parametrize("sinks", [None, "head"])
 def test_a_common_shift_of_all_positions_changes_nothing(position: str, sinks: Any) -> None:
@@ -142,17 +163,26 @@ def test_a_padded_batch_is_the_shorter_samples(position: str, sinks: Any, left: 
     lengths = (9, 5)
     mask = torch.arange(9) < torch.tensor(lengths)[:, None]
     mask = mask.flip(1) if left else mask
-    clean = attention(torch.where(mask[..., None], x, 0.0), **where, key_padding_mask=mask)
-    x = torch.where(mask[..., None], x, torch.nan)  # not even a NaN gets through
+    x = torch.where(mask[..., None], x, torch.nan).requires_grad_()  # not even a NaN gets through
     padded = attention(x, **where, key_padding_mask=mask)
+    zeros = attention(torch.where(mask[..., None], x, 0.0), **where, key_padding_mask=mask)
+    assert torch.equal(padded, zeros)
+    weight = torch.where(mask[..., None], torch.randn(2, 9, EMBD), 0.0)
+    (padded * weight).sum().backward()
+    got = {name: p.grad for name, p in [("x", x), *attention.named_parameters()]}
+    assert not got["x"][~mask].any()
+    x.grad = None
+    attention.zero_grad()
     for b in range(2):
         alone = attention(x[b][mask[b]][None], **{name: value[b][mask[b]] for name, value in where.items()})
         torch.testing.assert_close(padded[b][mask[b]], alone[0], rtol=0, atol=2e-6)
-        torch.testing.assert_close(clean[b][mask[b]], alone[0], rtol=0, atol=2e-6)
+        (alone * weight[b][mask[b]]).sum().backward()
+    expected = {name: p.grad for name, p in [("x", x), *attention.named_parameters()]}
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("position", POSITIONS)
-@pytest.mark.parametrize("sinks", ["layer", "head"])
+@pytest.mark.parametrize("sinks", ["layer", "head", "fixed"])
 def test_gradients_are_those_of_the_formula(position: str, sinks: Any) -> None:
     attention = make(position, sinks=sinks, n_kv_head=2)
     x, where = torch.randn(2, 9, EMBD), places(position)
@@ -165,6 +195,54 @@ def test_gradients_are_those_of_the_formula(position: str, sinks: Any) -> None:
         found.append([u.grad, *(p.grad.clone() for p in attention.parameters())])
         assert all(g.any() for g in found[-1])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("sinks", ["layer", "head", "fixed"])
+@pytest.mark.parametrize("position", ["simple", "gaussian_lod2d_alibi"])
+def test_the_triton_kernels_train_it_as_the_reference_does(position: str, sinks: Any) -> None:
+    """The one constant of a layer is seen by the kernels as all heads' own: a tensor of stride 0."""
+    if (reason := backends()["alibi_attention"]["triton"]) != "live":
+        pytest.skip(reason)
+    attention = make(position, sinks=sinks, n_kv_head=2).to(DEVICE)
+    x = torch.randn(2, 5, EMBD, device=DEVICE)
+    where = {name: value.to(DEVICE) for name, value in places(position, length=5).items()}
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2], device=DEVICE)
+    found = []
+    for backend in ("triton", "reference"):
+        attention.zero_grad()
+        u = x.clone().requires_grad_()
+        with use_backend(backend):
+            y = attention(u, **where, key_padding_mask=mask)
+        y.square().sum().backward()
+        found.append({"y": y.detach(), "x": u.grad, **{name: p.grad for name, p in attention.named_parameters()}})
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    assert sinks == "fixed" or found[0]["log_const"].all()
+
+
+def test_a_fixed_constant_is_not_trained_not_saved_and_not_rounded() -> None:
+    attention = CausalSelfAttention(EMBD, HEADS, sinks="fixed", log_const=-1.3)
+    assert {name for name, _ in attention.named_parameters()} == {"qkv.weight", "out.weight"}
+    assert set(attention.state_dict()) == {"qkv.weight", "out.weight"}
+    with torch.device("meta"):
+        meta = CausalSelfAttention(EMBD, HEADS, sinks="fixed", log_const=-1.3)
+    for module in (attention, attention.bfloat16(), attention.double(), meta.half().to_empty(device="cpu")):
+        assert torch.equal(module.sinks, torch.full((HEADS,), -1.3))
+        assert not module.sinks.requires_grad
+
+
+def test_the_settings_of_the_rotation_are_those_of_the_module_that_turns() -> None:
+    own, turns = (inspect.signature(cls).parameters for cls in (CausalSelfAttention, GaussianRoPE))
+    given = {"head_dim", "n_head", "kind", "qk_norm_eps"}
+    assert {name: own[name].default for name in turns.keys() - given} == {
+        name: turns[name].default for name in turns.keys() - given
+    }
+    options = {"block_size": 7, "base": 50.0, "sigma": "power", "lod_pairs": 3, "slopes_rule": "geometric"}
+    options |= {"interleaved": True, "conjugate": True, "norm_after": True}
+    rope = make("gaussian_lod2d_alibi", **options).rope
+    expected = GaussianRoPE(EMBD // HEADS, HEADS, "gaussian_lod2d_alibi", qk_norm_eps=1e-6, **options)  # type: ignore[arg-type]
+    assert repr(rope) == repr(expected)
+    assert torch.equal(rope.slopes, expected.slopes)
 
 
 def test_a_state_dict_holds_weights_and_sinks_and_no_table() -> None:
@@ -250,22 +328,65 @@ def test_wrong_use_is_named() -> None:
         CausalSelfAttention(64, 5)
     with pytest.raises(ValueError, match="n_head must be a multiple of n_kv_head, got 4 and 3"):
         CausalSelfAttention(64, 4, 3)
-    with pytest.raises(ValueError, match="kind must be one of simple"):
+    with pytest.raises(ValueError, match=r"position must be one of 'simple', .*, 'learned', 'none', got 'rotary'"):
         make("rotary")
-    with pytest.raises(ValueError, match="sinks must be 'layer', 'head' or None, got 'all'"):
+    with pytest.raises(ValueError, match="sinks must be 'layer', 'head', 'fixed' or None, got 'all'"):
         make(sinks="all")
-    with pytest.raises(ValueError, match="base must not be given for position 'none'"):
+    with pytest.raises(ValueError, match=r"base must be 10000\.0 for position 'none', where nothing is turned"):
         make("none", base=500.0)
+    with pytest.raises(TypeError, match=r"CausalSelfAttention.* unexpected keyword argument 'rope_base'"):
+        make(rope_base=500.0)
     x = torch.randn(2, 9, EMBD)
     for position in ("learned", "none"):
         with pytest.raises(ValueError, match="lods must be None"):
             make(position)(x, lods=torch.zeros(2, 9, dtype=torch.int64))
-    with pytest.raises(ValueError, match="positions must have shape"):
-        make("gaussian")(x, torch.arange(8))
+    for position in POSITIONS:
+        for wrong in (torch.arange(8), torch.arange(9).expand(3, 9)):
+            with pytest.raises(ValueError, match="positions must have shape"):
+                make(position)(x, wrong)
+        with pytest.raises(TypeError, match="positions must be int32 or int64"):
+            make(position)(x, torch.arange(9.0))
+        with pytest.raises(TypeError, match=r"positions must be a torch\.Tensor, got list"):
+            make(position)(x, [*range(9)])
+    with pytest.raises(ValueError, match="x must have 3 dimensions"):
+        make()(x[0])
     with pytest.raises(ValueError, match="key_padding_mask must have shape"):
         make("gaussian")(x, key_padding_mask=torch.ones(2, 8, dtype=torch.bool))
     with pytest.raises(TypeError, match="key_padding_mask must be bool"):
         make("gaussian")(x, key_padding_mask=torch.ones(2, 9))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_head": 0}, "n_head must be at least 1, got 0"),
+        ({"n_kv_head": 0}, "n_kv_head must be at least 1, got 0"),
+        ({"n_embd": 60}, "n_embd / n_head must be even for position 'simple', got 15"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"dropout": math.nan}, r"dropout must be in \[0, 1\), got nan"),
+        ({"norm_eps": 0.0}, "norm_eps must be positive and finite, got 0.0"),
+        ({"norm_eps": -1.0, "qk_norm": False}, "norm_eps must be positive and finite, got -1.0"),
+        ({"log_const": math.inf, "sinks": "head"}, "log_const must be a finite number, got inf"),
+        ({"log_const": 1.0}, "log_const must be 0 without sinks, got 1.0"),
+        ({"norm_after": True, "qk_norm": False}, "norm_after must be False without qk_norm, got True"),
+        ({"sigma": "even"}, "sigma must be one of"),
+        ({"slopes_rule": "linear"}, "slopes_rule must be one of"),
+        ({"block_size": 0}, "block_size must be at least 1"),
+        ({"lod_pairs": 3}, "lod_pairs must be None for kind 'simple'"),
+        ({"lod_pairs": 8, "position": "gaussian_lod2d"}, r"lod_pairs must be in \[1, 7\]"),
+    ],
+)
+def test_what_can_never_run_is_refused_at_once(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CausalSelfAttention(**{"n_embd": EMBD, "n_head": HEADS, **options})
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"), [("n_embd", 64.0), ("n_head", 4.0), ("n_kv_head", "2"), ("qk_norm", 1), ("dropout", None)]
+)
+def test_an_argument_of_the_wrong_type_is_named(argument: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"{argument} must be"):
+        CausalSelfAttention(**{"n_embd": EMBD, "n_head": HEADS, argument: value})
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from megactx.config import AlibiRule, Position, Sigma
 from megactx.nn import GaussianRoPE
 from megactx.nn.attention import UNTURNED
-from megactx.nn.rotary import KINDS, SIGMAS
+from megactx.nn.rotary import KINDS, SIGMAS, SLOPES_RULES
 
 HEADS, WIDTH = 3, 16
 
@@ -51,7 +52,8 @@ def turned(x: Tensor, positions: Tensor, lods: Tensor, kind: str, **options: Any
 def test_the_kinds_of_the_config_are_those_of_the_modules() -> None:
     assert sorted(Position.__args__) == sorted((*KINDS, *UNTURNED))
     assert Sigma.__args__ == SIGMAS
-    for rule in AlibiRule.__args__:
+    assert AlibiRule.__args__ == SLOPES_RULES
+    for rule in SLOPES_RULES:
         GaussianRoPE(WIDTH, HEADS, "gaussian_alibi", slopes_rule=rule)
 
 
@@ -72,11 +74,11 @@ def test_every_kind_is_what_it_says(kind: str, options: dict[str, Any]) -> None:
 def test_the_number_of_pairs_that_turn_by_the_level_can_be_chosen() -> None:
     q, k = inputs(dtype=torch.float64)
     positions, lods = places()
-    for lod_pairs in (1, 5, WIDTH // 2):
+    for lod_pairs in (1, 5, WIDTH // 2 - 1):
         got, _ = GaussianRoPE(WIDTH, HEADS, "gaussian_lod2d", lod_pairs=lod_pairs)(q, k, positions, lods)
         torch.testing.assert_close(got, turned(q, positions, lods, "gaussian_lod2d", lod_pairs=lod_pairs))
     assert GaussianRoPE(64, 1, "gaussian_lod2d").settings["lod_pairs"] == 8
-    assert GaussianRoPE(2, 1, "gaussian_lod2d").settings["lod_pairs"] == 1
+    assert GaussianRoPE(4, 1, "gaussian_lod2d").settings["lod_pairs"] == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -178,6 +180,17 @@ def test_slopes_are_float32_in_a_module_of_any_type_and_nothing_is_saved() -> No
     assert geometric.slopes.tolist() == [1.0, 0.5, 0.25, 0.125]
 
 
+def test_slopes_survive_a_module_that_was_made_without_memory() -> None:
+    expected = GaussianRoPE(WIDTH, HEADS, "gaussian_alibi").slopes
+    assert expected is not None
+    with torch.device("meta"):
+        rope = GaussianRoPE(WIDTH, HEADS, "gaussian_alibi").half()
+    assert rope.slopes is not None
+    assert rope.slopes.device.type == "meta"
+    assert torch.equal(rope.to_empty(device="cpu").slopes, expected)
+    assert torch.equal(copy.deepcopy(rope).to(torch.bfloat16).slopes, expected)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_of_the_rotation_written_out(kind: str) -> None:
     positions, lods = places()
@@ -208,20 +221,48 @@ def test_compiles_to_one_graph_over_changing_lengths() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kind": "alibi"}, "kind must be one of simple, gaussian, .*, got 'alibi'"),
+        ({"kind": "alibi"}, "kind must be one of 'simple', 'gaussian', .*, got 'alibi'"),
         ({"head_dim": 15}, "head_dim must be even and at least 2, got 15"),
         ({"head_dim": 0}, "head_dim must be even and at least 2, got 0"),
-        ({"sigma": "none"}, 'sigma must be one of uniform, power \\(kind "simple" has none\\)'),
+        ({"sigma": "none"}, "sigma must be one of 'uniform', 'power', got 'none'"),
         ({"lod_pairs": 2}, "lod_pairs must be None for kind 'gaussian', got 2"),
-        ({"kind": "gaussian_lod2d", "lod_pairs": 9}, r"lod_pairs must be in \[1, 8\], got 9"),
-        ({"kind": "gaussian_lod2d", "lod_pairs": 0}, r"lod_pairs must be in \[1, 8\], got 0"),
-        ({"kind": "gaussian_alibi", "slopes_rule": "linear"}, "rule must be one of"),
-        ({"kind": "gaussian_alibi", "n_head": 0}, "num_heads must be >= 1, got 0"),
+        ({"kind": "gaussian_lod2d", "lod_pairs": 9}, r"lod_pairs must be in \[1, 7\] for heads of 16, got 9"),
+        ({"kind": "gaussian_lod2d", "lod_pairs": 8}, r"lod_pairs must be in \[1, 7\] for heads of 16, got 8"),
+        ({"kind": "gaussian_lod2d", "lod_pairs": 0}, r"lod_pairs must be in \[1, 7\] for heads of 16, got 0"),
+        ({"kind": "gaussian_lod2d", "head_dim": 2}, "head_dim must be at least 4 for kind 'gaussian_lod2d': .*, got 2"),
+        ({"slopes_rule": "linear"}, "slopes_rule must be one of 'press', 'geometric', got 'linear'"),
+        ({"n_head": 0}, "n_head must be at least 1, got 0"),
+        ({"block_size": 0}, "block_size must be at least 1, got 0"),
+        ({"block_size": 2**63}, "block_size must be an integer of 64 bits"),
+        ({"base": 0.0}, "base must be positive and finite, got 0.0"),
+        ({"base": math.inf}, "base must be positive and finite, got inf"),
+        ({"qk_norm_eps": 0.0}, "qk_norm_eps must be positive and finite, got 0.0"),
+        ({"qk_norm_eps": math.nan}, "qk_norm_eps must be positive and finite, got nan"),
     ],
 )
 def test_wrong_settings_are_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GaussianRoPE(**{"head_dim": WIDTH, "n_head": HEADS, "kind": "gaussian", **arguments})
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("head_dim", 16.0),
+        ("n_head", 2.5),
+        ("n_head", True),
+        ("block_size", 32.0),
+        ("lod_pairs", 1.5),
+        ("base", "1e4"),
+        ("qk_norm_eps", "small"),
+        ("norm_after", 1),
+        ("interleaved", None),
+        ("conjugate", "no"),
+    ],
+)
+def test_a_setting_of_the_wrong_type_is_named(argument: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"{argument} must be"):
+        GaussianRoPE(**{"head_dim": WIDTH, "n_head": HEADS, "kind": "gaussian_lod2d", argument: value})
 
 
 def test_wrong_inputs_are_named() -> None:
@@ -238,5 +279,17 @@ def test_wrong_inputs_are_named() -> None:
         rope(q, k, positions.float())
     with pytest.raises(TypeError, match=r"lods must be a torch\.Tensor"):
         rope(q, k, positions, 1)
-    with pytest.raises(ValueError, match="block_size must be >= 1"):
-        GaussianRoPE(WIDTH, HEADS, block_size=0)(q, k, positions)
+    with pytest.raises(ValueError, match="q must have the head_dim of the module, 32, got shape"):
+        GaussianRoPE(32, HEADS)(q, k, positions)
+    for call in (rope.tables, lambda *where: rope(q, k, *where)):
+        for wrong in (lods[:, :5], lods[0, :5], lods[:1]):
+            with pytest.raises(ValueError, match="lods must have shape"):
+                call(positions, wrong)
+        with pytest.raises(TypeError, match=r"positions must be a torch\.Tensor, got list"):
+            call([0, 1, 2, 3, 4, 5, 6])
+        with pytest.raises(TypeError, match=r"lods must be a torch\.Tensor, got list"):
+            call(positions, [0] * 7)
+        with pytest.raises(TypeError, match="lods must be int32 or int64"):
+            call(positions[0], lods.float())
+    with pytest.raises(ValueError, match="positions must have shape"):  # and not the lods, which are right
+        rope(q, k, positions[:, :5], lods)

@@ -88,6 +88,7 @@ def test_resume_continues_to_the_same_bits(
 
 
 LOBO = ["--use_flash_lobo", "--use_flash_lobo_per_head=true", "--flash_lobo_log_const=-1"]
+FIXED = ["--use_flash_lobo", "--flash_lobo_fixed", "--flash_lobo_log_const=-1"]
 
 
 @pytest.mark.parametrize(
@@ -97,8 +98,9 @@ LOBO = ["--use_flash_lobo", "--use_flash_lobo_per_head=true", "--flash_lobo_log_
         ["--position=gaussian_lod2d_alibi", "--lod_pairs=3", "--rope_sigma=power", "--lod_block_size=2"],
         ["--position=gaussian", "--n_kv_head=1", "--use_flash_lobo"],
         ["--position=none", *LOBO],
+        ["--position=learned", *FIXED],
     ],
-    ids=["alibi", "lod2d", "gaussian", "none"],
+    ids=["alibi", "lod2d", "gaussian", "none", "learned"],
 )
 def test_every_kind_of_position_resumes_to_the_same_bits_and_samples(
     bundle: Path, tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes], flags: list[str]
@@ -110,12 +112,10 @@ def test_every_kind_of_position_resumes_to_the_same_bits_and_samples(
     assert_same_bits(tmp_path / "whole", tmp_path / "half")
     sinks = [value for name, value in content(tmp_path / "whole")[1].items() if name.endswith("attention.log_const")]
     assert [tuple(value.shape) for value in sinks if value.dim()] == [(2 if LOBO[1] in flags else 1,)] * len(sinks)
-    assert bool(sinks) == any("flash_lobo" in flag for flag in flags)
+    assert bool(sinks) == ("--use_flash_lobo" in flags and "--flash_lobo_fixed" not in flags)
     capsysbinary.readouterr()
     assert cli.main(["sample", "--out_dir", str(tmp_path / "whole"), "--max_new_tokens=40", "--start=def "]) == 0
     assert b"def " in capsysbinary.readouterr().out
-    assert train(bundle, tmp_path / "half", "--position=learned", "--lod_pairs=3") == 2
-    assert capsysbinary.readouterr().err.startswith(b"error: ")
 
 
 def test_a_run_of_an_older_version_is_continued(
@@ -125,7 +125,7 @@ def test_a_run_of_an_older_version_is_continued(
     from megactx.train_config import TrainConfig
 
     names = "rope_sigma lod_block_size lod_pairs alibi_rule use_flash_lobo use_flash_lobo_per_head flash_lobo_log_const"
-    new = names.split()
+    new = ["flash_lobo_fixed", *names.split()]
     with monkeypatch.context() as older:
         for cls in (GPTConfig, TrainConfig):
             full = cls.to_json
@@ -135,6 +135,29 @@ def test_a_run_of_an_older_version_is_continued(
     assert content(tmp_path / "run")[0] == 10
     assert train(bundle, tmp_path / "run", "--max_iters=12", "--use_flash_lobo") == 2
     assert "use_flash_lobo: checkpoint has False, asked for True" in capsys.readouterr().err
+
+
+def test_settings_that_contradict_those_of_the_run_are_named(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where they make no model at all: what does not fit then is a setting that the user did not give."""
+    run = tmp_path / "run"
+    assert train(bundle, run, "--position=gaussian_lod2d", "--lod_pairs=3", "--use_flash_lobo") == 0
+    for flags, changed, reason in (
+        (["--position=learned"], "position: checkpoint has 'gaussian_lod2d', asked for 'learned'", "lod_pairs must be"),
+        (["--n_head=8"], "n_head: checkpoint has 2, asked for 8", "lod_pairs must be at most 1"),
+        (["--n_head=3"], "n_head: checkpoint has 2, asked for 3", "n_embd must be a multiple of n_head, got 32 and 3"),
+        (["--flash_lobo_fixed"], "flash_lobo_fixed: checkpoint has False, asked for True", ""),
+    ):
+        capsys.readouterr()
+        assert train(bundle, run, *flags) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: cannot resume {run / 'step-00000008'}: {changed}"), error
+        assert reason in error
+        assert error.count("\n") == 1
+    assert train(bundle, run, "--context_weights", "1") == 2
+    assert capsys.readouterr().err.startswith("error: context_weights: expected 4 weights")
+    assert train(bundle, run, "--max_iters=9") == 0
 
 
 def test_a_resumed_run_keeps_its_settings_and_a_finished_one_changes_nothing(bundle: Path, tmp_path: Path) -> None:
@@ -344,75 +367,6 @@ def test_metrics_of_an_earlier_run_are_set_aside(bundle: Path, tmp_path: Path) -
     assert train(bundle, tmp_path / "run", "--max_iters=4") == 0
     assert len(read_rows(tmp_path / "run" / "metrics-1.jsonl")) == len(rows)
     assert losses(tmp_path / "run") == rows
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--learning_rate=inf"], "learning_rate: expected a finite number, got inf"),
-        (["--weight_decay=nan"], "weight_decay: expected a finite number, got nan"),
-        (["--min_lr=-1"], "min_lr: expected a number of at least 0, got -1.0"),
-        (["--seed=-1"], "seed: expected a number in [0, 2^63), got -1"),
-        (["--context_weights", "text=1", "text=2"], "context_weights: 'text' is given twice"),
-        (["--max_iters=0"], "max_iters: expected a number above 0, got 0"),
-        (["--dropout=1.5"], "dropout: expected a number in [0, 1), got 1.5"),
-        (["--keep_checkpoints=1"], "keep_checkpoints: expected at least 2, got 1"),
-        (["--init_from=resume"], "out_dir: "),
-        (["--context_weights", "1", "2"], "context_weights: expected 4 weights (text, case, depth, column), got 2"),
-        (["--context_weights", "txt=1"], "context_weights: unknown context 'txt'"),
-        (["--context_weights", "text=much"], "context_weights: expected a number for 'text', got 'much'"),
-        (["--device=tpu"], "device: "),
-        (["--device=cuda:99"], "device: 'cuda:99' was asked for"),
-        (["--n_head=5"], "n_embd"),
-        (["--use_flash_lobo_per_head"], "use_flash_lobo_per_head must not be set without use_flash_lobo"),
-        (["--flash_lobo_log_const=1"], "flash_lobo_log_const must not be set without use_flash_lobo"),
-        (["--lod_pairs=2"], "lod_pairs must be None where position = 'simple'"),
-        (["--block_size=100000"], "block_size"),
-        (["--multicontext_datasets", "text", "nothing"], "nothing"),
-    ],
-)
-def test_bad_settings_are_one_line_and_exit_2(
-    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
-) -> None:
-    assert train(bundle, tmp_path / "run", *flags) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-
-
-def test_a_config_file_sets_what_the_command_line_does_not(bundle: Path, tmp_path: Path) -> None:
-    file = tmp_path / "settings.toml"
-    file.write_text("n_embd = 64\nlearning_rate = 1\nmax_iters = 3\n")
-    flags = [flag for flag in SMALL if not flag.startswith(("--n_embd", "--learning_rate", "--max_iters"))]
-    places = ["--dataset", str(bundle), "--out_dir", str(tmp_path / "run"), "--config_file", str(file)]
-    assert cli.main(["train", *places, *flags, "--max-iters", "2"]) == 0
-    state = checkpoint.load(checkpoint.find(tmp_path / "run")).state
-    assert state["train_config"]["n_embd"] == 64
-    assert state["train_config"]["learning_rate"] == 1.0
-    assert state["train_config"]["max_iters"] == 2
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"n_layers": 2}', "unknown field 'n_layers' (did you mean 'n_layer'?)"),
-        ('{"n_layer": "two"}', "n_layer: expected int, got 'two'"),
-        ('{"n_layer": true}', "n_layer: expected int, got True"),
-        ('{"optimizer": "sgd"}', "optimizer: expected one of adamw, muon, got 'sgd'"),
-        ("[1]", "expected an object of settings"),
-        ("{", "is not valid"),
-        ("[" * 100_000, "is not valid"),
-        ('{"learning_rate": 1' + "0" * 400 + "}", "learning_rate: expected float"),
-        ('{"min_lr": Infinity}', "min_lr: expected a finite number"),
-    ],
-)
-def test_a_bad_config_file_is_refused_by_field(
-    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
-) -> None:
-    (tmp_path / "bad.json").write_text(text)
-    assert train(bundle, tmp_path / "run", "--config_file", str(tmp_path / "bad.json")) == 2
-    assert message in capsys.readouterr().err
 
 
 def test_context_weights_weigh_the_loss(bundle: Path, tmp_path: Path) -> None:

@@ -15,13 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megactx.nn.constants import WithConstants
 
-def segment_offsets(vocab_sizes: Sequence[int]) -> Tensor:
+
+def segment_offsets(vocab_sizes: Sequence[int], device: torch.device | None = None) -> Tensor:
     """First row of each context in a packed table: the exclusive cumulative sum, int64 `[C]`."""
-    return torch.tensor([0, *vocab_sizes], dtype=torch.int64).cumsum(0)[:-1]
+    return torch.tensor([0, *vocab_sizes], dtype=torch.int64, device=device).cumsum(0)[:-1]
 
 
-class PackedEmbedding(nn.Module):
+class PackedEmbedding(WithConstants):
     """The sum over contexts of their embeddings, `[B, T, C]` ids to `[B, T, E]`, by one bag lookup."""
 
     offsets: Tensor
@@ -30,7 +32,11 @@ class PackedEmbedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(sum(vocab_sizes), n_embd))
         nn.init.normal_(self.weight, std=0.02)
-        self.register_buffer("offsets", segment_offsets(vocab_sizes), persistent=False)
+        self.vocab_sizes = tuple(vocab_sizes)
+        self.set_constants()
+
+    def constants(self, device: torch.device | None) -> dict[str, Tensor]:
+        return {"offsets": segment_offsets(self.vocab_sizes, device)}
 
     def forward(self, tokens: Tensor) -> Tensor:
         """`tokens` int64 `[B, T, C]`, each id within its own vocabulary (the caller checks: an id past the end of one

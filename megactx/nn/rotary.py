@@ -6,18 +6,30 @@ needed, so one module serves any position, and a checkpoint holds nothing of it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megactx.kernels import alibi_slopes, gaussian_rope
+from megactx.kernels._runtime import (
+    check_bool,
+    check_choice,
+    check_int,
+    check_integer,
+    check_number,
+    check_shape,
+    check_tensor,
+)
+from megactx.nn.constants import WithConstants
 
 KINDS = ("simple", "gaussian", "gaussian_alibi", "gaussian_lod2d", "gaussian_lod2d_alibi")
 SIGMAS = ("uniform", "power")
+SLOPES_RULES = ("press", "geometric")
 
 
-class GaussianRoPE(nn.Module):
+class GaussianRoPE(WithConstants):
     """Turns q and k by the position of each token, and lets its level of detail (LOD) have a say.
 
     `kind`:
@@ -25,15 +37,18 @@ class GaussianRoPE(nn.Module):
       `"gaussian"`: a token of LOD l stands for `block_size ** l` tokens, and every pair shrinks by what is left of its
         rotation on average over that span: exp(-(s f)^2 / 2). The spread s follows `sigma`: `"uniform"`, that of an
         even span, 0 at LOD 0, so that plain tokens are plain RoPE; `"power"`, s = `block_size ** l`.
-      `"gaussian_lod2d"`: the same, but of the D / 2 pairs of a head the last `lod_pairs` (default D / 8, at least one)
-        turn by the LOD instead of the position, and never shrink.
+      `"gaussian_lod2d"`: the same, but of the D / 2 pairs of a head the last `lod_pairs` (default D / 8, at least one;
+        one is always left for the position) turn by the LOD instead of the position, and never shrink.
       `..._alibi`: the same again, and `slopes` for `alibi_attention`, one per query head, by `slopes_rule` (`"press"`
-        or `"geometric"`, see `alibi_slopes`). The other kinds have `slopes` None.
+        or `"geometric"`, see `alibi_slopes`): float32 `[n_head]`, whatever the type of the module. The other kinds
+        have `slopes` None.
 
     `qk_norm_eps`, `norm_after`, `interleaved`, `conjugate` and `base` are those of `megactx.kernels.gaussian_rope`.
+    What could never run is refused here, with a ValueError or TypeError naming the argument; settings that a kind
+    makes nothing of are accepted, so that kinds can be compared, but for `lod_pairs`.
     """
 
-    slope_bits: Tensor | None
+    slopes: Tensor | None
 
     def __init__(
         self,
@@ -52,45 +67,41 @@ class GaussianRoPE(nn.Module):
         slopes_rule: str = "press",
     ) -> None:
         super().__init__()
-        if kind not in KINDS:
-            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+        check_choice("kind", kind, KINDS)
+        head_dim = check_int("head_dim", head_dim)
         if head_dim < 2 or head_dim % 2:
             raise ValueError(f"head_dim must be even and at least 2, got {head_dim}")
-        if sigma not in SIGMAS:
-            raise ValueError(f'sigma must be one of {", ".join(SIGMAS)} (kind "simple" has none), got {sigma!r}')
-        by_level = "lod2d" in kind
-        if lod_pairs is not None and not by_level:
-            raise ValueError(f"lod_pairs must be None for kind {kind!r}, got {lod_pairs}")
-        if lod_pairs is None:
-            lod_pairs = max(1, head_dim // 8) if by_level else 0
-        elif not 1 <= lod_pairs <= head_dim // 2:
-            raise ValueError(f"lod_pairs must be in [1, {head_dim // 2}], got {lod_pairs}")
-        self.kind, self.head_dim, self.n_head = kind, head_dim, n_head
+        check_choice("sigma", sigma, SIGMAS)
+        check_choice("slopes_rule", slopes_rule, SLOPES_RULES)
+        if qk_norm_eps is not None:
+            qk_norm_eps = check_positive("qk_norm_eps", qk_norm_eps)
+        self.kind, self.head_dim, self.n_head = kind, head_dim, check_count("n_head", n_head)
+        self.slopes_rule = slopes_rule
         self.settings: dict[str, Any] = {
-            "block_size": block_size,
-            "base": base,
+            "block_size": check_count("block_size", block_size),
+            "base": check_positive("base", base),
             "sigma": "none" if kind == "simple" else sigma,
-            "lod_pairs": lod_pairs,
-            "interleaved": interleaved,
-            "conjugate": conjugate,
+            "lod_pairs": _checked_lod_pairs(kind, head_dim, lod_pairs),
+            "interleaved": check_bool("interleaved", interleaved),
+            "conjugate": check_bool("conjugate", conjugate),
         }
-        self.norm: dict[str, Any] = {"qk_norm_eps": qk_norm_eps, "norm_after": norm_after}
-        slopes = alibi_slopes(n_head, slopes_rule) if kind.endswith("_alibi") else None
-        # float32 bits under an integer dtype, so that module.bfloat16() does not round the slopes
-        self.register_buffer("slope_bits", None if slopes is None else slopes.view(torch.int32), persistent=False)
+        self.norm: dict[str, Any] = {"qk_norm_eps": qk_norm_eps, "norm_after": check_bool("norm_after", norm_after)}
+        self.set_constants()
 
-    @property
-    def slopes(self) -> Tensor | None:
-        """float32 `[n_head]` for the kinds with ALiBi, whatever the type of the module; None for the others."""
-        return None if self.slope_bits is None else self.slope_bits.view(torch.float32)
+    def constants(self, device: torch.device | None) -> dict[str, Tensor | None]:
+        alibi = self.kind.endswith("_alibi")
+        return {"slopes": alibi_slopes(self.n_head, self.slopes_rule, device=device) if alibi else None}
 
     def forward(self, q: Tensor, k: Tensor, positions: Tensor, lods: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Turned copies of `q [B, T, Hq, D]` and `k [B, T, Hk, D]`.
+        """Turned copies of `q [B, T, Hq, D]` and `k [B, T, Hk, D]`, D = `head_dim`.
 
         `positions`, `lods`: int32 or int64, `[T]` for all samples alike or `[B, T]`; no `lods` is LOD 0 everywhere.
         ValueError or TypeError names the argument.
         """
-        positions, lods = _alike(positions, lods)
+        check_tensor("q", q, 4)
+        if q.shape[-1] != self.head_dim:
+            raise ValueError(f"q must have the head_dim of the module, {self.head_dim}, got shape {tuple(q.shape)}")
+        positions, lods = _alike(positions, lods, q.shape[:2])
         return gaussian_rope(q, k, positions, lods, **self.settings, **self.norm)
 
     def tables(self, positions: Tensor, lods: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -117,11 +128,57 @@ class GaussianRoPE(nn.Module):
         )
 
 
-def _alike(positions: Tensor, lods: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Both `[B, T]` where one of them is: the operator takes them in one shape, and refuses whatever else is wrong."""
-    if isinstance(lods, Tensor) and isinstance(positions, Tensor):
-        if (positions.ndim, lods.ndim) == (1, 2):
-            positions = positions.expand(lods.shape[0], -1)
-        elif (positions.ndim, lods.ndim) == (2, 1):
-            lods = lods.expand(positions.shape[0], -1)
-    return positions, lods
+def check_count(name: str, value: Any) -> int:
+    value = check_int(name, value)
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
+
+
+def check_positive(name: str, value: Any) -> float:
+    value = float(check_number(name, value, "positive and finite"))
+    if value <= 0:
+        raise ValueError(f"{name} must be positive and finite, got {value!r}")
+    return value
+
+
+def check_positions(positions: Tensor, shape: Sequence[int]) -> None:
+    """int32 or int64 in `shape`, which is `[B, T]`, or in its `[T]`."""
+    check_integer("positions", positions, (1, 2))
+    check_shape("positions", positions, shape[-positions.ndim :])
+
+
+def _checked_lod_pairs(kind: str, head_dim: int, lod_pairs: int | None) -> int:
+    """How many pairs turn by the LOD. Were it all of them, the position would have no say."""
+    if "lod2d" not in kind:
+        if lod_pairs is not None:
+            raise ValueError(f"lod_pairs must be None for kind {kind!r}, got {lod_pairs!r}")
+        return 0
+    largest = head_dim // 2 - 1
+    if largest < 1:
+        raise ValueError(f"head_dim must be at least 4 for kind {kind!r}: a pair is for the position, got {head_dim}")
+    if lod_pairs is None:
+        return max(1, head_dim // 8)
+    if not 1 <= check_int("lod_pairs", lod_pairs) <= largest:
+        raise ValueError(f"lod_pairs must be in [1, {largest}] for heads of {head_dim}, got {lod_pairs}")
+    return int(lod_pairs)
+
+
+def _alike(
+    positions: Tensor, lods: Tensor | None, shape: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Both `[B, T]` where one of them is: the operator takes them in one shape. `shape` is `[B, T]` where it is known,
+    else the positions' own, for which the lods may bring the B."""
+    if shape is None:
+        check_integer("positions", positions, (1, 2))
+    else:
+        check_positions(positions, shape)
+    if lods is None:
+        return positions, None
+    check_integer("lods", lods, (1, 2))
+    if shape is None:
+        shape = (positions if positions.ndim >= lods.ndim else lods).shape[:-1] + positions.shape[-1:]
+    check_shape("lods", lods, shape[-lods.ndim :])
+    if positions.ndim == lods.ndim:
+        return positions, lods
+    return positions.expand(*shape), lods.expand(*shape)
