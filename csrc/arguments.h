@@ -1,19 +1,16 @@
-// Tensors in and out of an operator: parameters of any strides, logits of any float dtype, the ids it returns.
+// Tensors into sample_contexts: parameters of any strides, logits of any float dtype.
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 #include <vector>
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-namespace megactx {
+#include "tensors.h"
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+namespace megactx {
 
 // [rows, contexts] parameters of any strides (an expanded scalar has strides 0).
 template <class T>
@@ -57,15 +54,6 @@ inline Convert converter(ScalarType dtype) {
     case ScalarType::BFloat16: return convert<torch::headeronly::BFloat16>;
     default: STD_TORCH_CHECK(false, "sample_contexts: logits must be float32, float64, float16 or bfloat16");
   }
-}
-
-// A third of the cost of torch::stable::new_empty, which looks its operator up by name at every call.
-inline Tensor empty_ids(int64_t rows, int64_t contexts) {
-  const int64_t sizes[] = {rows, contexts}, strides[] = {contexts, 1};
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      2, sizes, strides, aoti_torch_dtype_int64(), aoti_torch_device_type_cpu(), /*device_index=*/0, &handle));
-  return Tensor(handle);
 }
 
 }  // namespace megactx

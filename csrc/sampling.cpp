@@ -324,7 +324,7 @@ Tensor sample_contexts(const Tensor& logits, torch::headeronly::IntHeaderOnlyArr
   const void* data = logits.data_ptr();
   const int64_t row_stride = logits.stride(0), column_stride = logits.stride(1);
 
-  const Tensor out = empty_ids(rows, contexts);
+  const Tensor out = empty_tensor<2>({rows, contexts}, aoti_torch_dtype_int64());
   int64_t* ids = static_cast<int64_t*>(out.data_ptr());
   for_each_task(rows * contexts, rows * offsets.back(), /*inline_below=*/1 << 15, [&](int64_t task) {
     const int64_t row = task / contexts, c = task % contexts;

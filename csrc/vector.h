@@ -20,6 +20,13 @@
 // Helpers of a cloned function must be inlined into each clone: a call would land in baseline code.
 #define MEGACTX_INLINE inline __attribute__((always_inline))
 
+// Before a loop of 16 or fewer turns: GCC would unroll it completely before it gets to see a vector in it.
+#if defined(__GNUC__) && !defined(__clang__)
+#define MEGACTX_VECTOR_LOOP _Pragma("GCC unroll 1")
+#else
+#define MEGACTX_VECTOR_LOOP
+#endif
+
 namespace megactx {
 
 // Integers that compare as the floats do (-0 just below +0; NaN outside [-inf, inf]). Integer minima and maxima

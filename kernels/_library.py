@@ -242,7 +242,8 @@ def register(
         if name.endswith("_"):
             library.impl(name, _counting_writes(overload), "ADInplaceOrView", with_keyset=True)
         found.append(overload)
-    OPERATORS[name] = operator = Operator(name, reference, *found, fallback=fallback)
+    overload, interpreted = found
+    OPERATORS[name] = operator = Operator(name, reference, overload, interpreted, fallback=fallback)
     return operator
 
 

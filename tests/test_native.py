@@ -254,25 +254,37 @@ def test_a_vocabulary_too_large_for_its_ids_is_refused() -> None:
         cpp(good._replace(vocab_sizes=[2**31]))
 
 
+CPP_TYPES = {
+    "Tensor": "Tensor",
+    "torch::headeronly::IntHeaderOnlyArrayRef": "List[int]",
+    "int64_t": "int",
+    "double": "float",
+    "bool": "bool",
+    "std::string": "str",
+}
+
+
+def schema_type(cpp: str) -> str:
+    """How a schema spells the C++ type of a parameter."""
+    cpp = re.sub(r"^const (.*)&$", r"\1", cpp)
+    optional = re.fullmatch(r"std::optional<(.*)>", cpp)
+    return f"Optional[{CPP_TYPES[optional[1]]}]" if optional else CPP_TYPES[cpp]
+
+
 def test_cpp_signatures_are_the_schemas() -> None:
     """The stable ABI does not compare the two, and a wrong order would be read as garbage."""
-    spelling = {
-        "const Tensor&": "Tensor",
-        "torch::headeronly::IntHeaderOnlyArrayRef": "List[int]",
-        "int64_t": "int",
-        "double": "float",
-        "bool": "bool",
-    }
     source = "\n".join(path.read_text() for path in sorted((ROOT / "csrc").glob("*.cpp")))
     names = re.findall(r'm\.impl\("(\w+)"', source)
-    assert names
+    assert "sample_contexts" in names
     for name in names:
         schema = torch._C.parse_schema(f"megactx::{name}{_library.SCHEMAS[name]}")
-        found = re.search(rf"^Tensor {name}\(([^)]*)\)", source, re.MULTILINE)
+        found = re.search(rf"^(Tensor|void|std::tuple<([\w, ]+)>) {name}\(([^)]*)\)", source, re.MULTILINE)
         assert found, f"no function {name} in csrc"
-        parameters = [re.match(r"(.*?)\s*(\w+)$", " ".join(p.split())) for p in found.group(1).split(",")]
-        assert [(m[2], spelling[m[1]]) for m in parameters if m] == [(a.name, str(a.type)) for a in schema.arguments]
-        assert [str(r.type) for r in schema.returns] == ["Tensor"]
+        returned = found[2].split(", ") if found[2] else [found[1]] * (found[1] != "void")
+        assert [CPP_TYPES[each] for each in returned] == [str(r.type) for r in schema.returns], name
+        parameters = [re.fullmatch(r"(.*?)\s*(\w+)", " ".join(p.split())) for p in found[3].split(",")]
+        written = [(m[2], schema_type(m[1])) for m in parameters if m]
+        assert written == [(a.name, str(a.type)) for a in schema.arguments], name
 
 
 DRAW_MANY = """
@@ -284,12 +296,27 @@ for p, k in ((1.0, 0), (0.9, 0), (0.99, 300)):
         logits, [8000, 257], e(0.9, torch.float32), e(k, torch.int64), e(p, torch.float32), e(0.0, torch.float32),
         e(5, torch.int64), torch.tensor(9)).flatten().tolist())
 """
+TURN_MANY = """
+from hashlib import sha256
+generator = torch.Generator().manual_seed(0)
+positions = torch.randint(-10**12, 10**12, (2, 9), generator=generator)
+levels = torch.randint(0, 4, (2, 9), generator=generator)
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    for dim in (10, 80):
+        q, k = (torch.randn(2, 9, 3, dim, generator=generator).to(dtype) for _ in range(2))
+        for interleaved in (False, True):
+            for eps, after in ((None, False), (1e-5, False), (1e-5, True)):
+                rest = (positions, levels, 3, 10000.0, "uniform", 2, interleaved, False, eps, after)
+                out = *torch.ops.megactx.gaussian_rope(q, k, *rest), *torch.ops.megactx.gaussian_rope_backward(
+                    k, q, q, k, *rest)
+                print(sha256(torch.cat(out).view(torch.uint8).numpy().tobytes()).hexdigest())
+"""
 
 
 @built
 @pytest.mark.slow
-def test_baseline_code_draws_the_same_ids(tmp_path: Path) -> None:
-    """Compiled without the AVX clones: what an old machine draws."""
+def test_baseline_code_computes_the_same_bits(tmp_path: Path) -> None:
+    """Compiled without the AVX clones: what an old machine draws and turns."""
     if shutil.which("c++") is None:
         pytest.skip("no compiler")
     environment = {**os.environ, "CXXFLAGS": "-DMEGACTX_BASELINE", "MEGACTX_BUILD_CPP": "1", "OMP_NUM_THREADS": "1"}
@@ -301,21 +328,22 @@ def test_baseline_code_draws_the_same_ids(tmp_path: Path) -> None:
         capture_output=True,
     )
     [extension] = (tmp_path / "megactx" / "kernels").glob("_C*.so")
-    script = f"""
+    load = f"""
 import torch
-schema = {_library.SCHEMAS["sample_contexts"]!r}
 library = torch.library.Library("megactx", "DEF")
-library.define("sample_contexts" + schema)
+for name, schema in {_library.SCHEMAS!r}.items():
+    library.define(name + schema)
 torch.ops.load_library({str(extension)!r})
-{DRAW_MANY}
 """
-    baseline = subprocess.run([sys.executable, "-c", script], env=environment, check=True, capture_output=True)
-    here = subprocess.run(
-        [sys.executable, "-c", "import torch\nfrom megactx.kernels import sample_contexts\n" + DRAW_MANY],
-        cwd=ROOT,
-        env=environment,
-        check=True,
-        capture_output=True,
+    baseline, here = (
+        subprocess.run(
+            [sys.executable, "-c", start + DRAW_MANY + TURN_MANY],
+            cwd=ROOT,
+            env=environment,
+            check=True,
+            capture_output=True,
+        ).stdout
+        for start in (load, "import torch\nfrom megactx import kernels\nkernels.backends()")
     )
-    assert len(here.stdout.split()) == 240
-    assert baseline.stdout == here.stdout
+    assert len(here.split()) == 240 + 48
+    assert baseline == here
