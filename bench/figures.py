@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,8 +24,12 @@ def load(path: Path) -> tuple[str, Any]:
     """The caption of a measurement and its results."""
     data = json.loads(path.read_text(encoding="utf-8"))
     facts = data["provenance"]
-    where = f"{facts['device']}, {facts['cores']} cores, {facts['threads']} threads, torch {facts['torch']}"
-    return f"`{path.relative_to(ROOT)}`: {where}, commit {facts['commit']}", data["results"]
+    if "cuda" in facts:
+        where = f"{facts['device']}, driver {facts['driver']}, torch {facts['torch']}, triton {facts['triton']}"
+    else:
+        where = f"{facts['device']}, {facts['cores']} cores, {facts['threads']} threads, torch {facts['torch']}"
+    name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
+    return f"`{name}`: {where}, commit {facts['commit']}", data["results"]
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -78,10 +83,83 @@ def training(path: Path) -> str:
     return f"`python bench/training.py`.\n\n{table(['training', 'figure'], rows)}\n{caption}\n"
 
 
-def figures() -> str:
+def rotary(path: Path) -> str:
+    caption, results = load(path)
+    rivals = _timed(results, ("eager", "compiled", "Liger"))
+    rows = []
+    for row in results:
+        ours = median(row["seconds"]["auto"])
+        rate = row["case"]["bytes"] / ours
+        share = f"{100 * rate / row['copy_bytes_per_second']:.0f} %"
+        rows.append([row["case"]["name"], *_microseconds(row, ("auto", *rivals)), share, _advantage(row, rivals)])
+    head = [f"`gaussian_rope` ({_backends(results)}), µs", "ours", *rivals, "of a copy's GB/s", "best rival / ours"]
+    return f"`python bench/rotary.py`.\n\n{table(head, rows)}\n{_reasons(results, ('Liger',))}{caption}\n"
+
+
+def attention(path: Path) -> str:
+    caption, results = load(path)
+    rivals = _timed(results, ("FlexAttention", "SDPA, mask"))
+    floors = _timed(results, ("SDPA, no bias", "SDPA flash, no bias"))
+    rows = [
+        [
+            row["case"]["name"],
+            *_microseconds(row, ("auto", *rivals)),
+            _advantage(row, rivals),
+            *_microseconds(row, floors),
+            *(_megabytes(row, name) for name in ("auto", "SDPA, mask")),
+        ]
+        for row in results
+    ]
+    head = [f"`alibi_attention` ({_backends(results)}), µs", "ours", *rivals, "best rival / ours", *floors]
+    head += ["ours, MB over inputs", "SDPA, mask, MB over inputs"]
+    reasons = _reasons(results, ("FlexAttention", "SDPA, mask"))
+    return f"`python bench/attention.py`.\n\n{table(head, rows)}\n{reasons}{caption}\n"
+
+
+def _timed(results: Any, names: tuple[str, ...]) -> list[str]:
+    """Those of the providers that ran somewhere, in order."""
+    return [name for name in names if any(name in row["seconds"] for row in results)]
+
+
+def _backends(results: Any) -> str:
+    return ", ".join(sorted({row["runs"] for row in results}))
+
+
+def _microseconds(row: Any, names: Iterable[str]) -> list[str]:
+    return [f"{1e6 * median(row['seconds'][name]):,.0f}" if name in row["seconds"] else "n/a" for name in names]
+
+
+def _advantage(row: Any, rivals: list[str]) -> str:
+    times = [median(row["seconds"][name]) for name in rivals if name in row["seconds"]]
+    return f"{min(times) / median(row['seconds']['auto']):.2f}x" if times else "n/a"
+
+
+def _megabytes(row: Any, name: str) -> str:
+    """The peak beyond the inputs, and what was prepared before the call."""
+    peak = row["peak_bytes"].get(name)
+    return "n/a" if peak is None else f"{1e-6 * (peak + row['prepared_bytes'][name]):,.0f}"
+
+
+def _reasons(results: Any, names: tuple[str, ...]) -> str:
+    """Why a provider is missing, one line for each reason."""
+    found = {f"{name}: {row['unavailable'][name]}" for row in results for name in names if name in row["unavailable"]}
+    return "".join(f"n/a, {reason}.\n\n" for reason in sorted(found))
+
+
+DRAWN = {
+    "rotary": rotary,
+    "attention": attention,
+    "sampling": sampling,
+    "sampling_op": sampling_op,
+    "training": training,
+}
+
+
+def figures(history: Path = HISTORY) -> str:
+    """Every table, device by device, of the measurements that are there."""
     sections = []
-    for folder in sorted(path for path in HISTORY.iterdir() if path.is_dir()):
-        for name, draw in (("sampling", sampling), ("sampling_op", sampling_op), ("training", training)):
+    for folder in sorted(path for path in history.iterdir() if path.is_dir()):
+        for name, draw in DRAWN.items():
             if (folder / f"{name}.json").is_file():
                 sections.append(draw(folder / f"{name}.json"))
     return "\n".join(sections)

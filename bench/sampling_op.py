@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -19,7 +18,7 @@ from statistics import median
 import torch
 from rich.console import Console
 from rich.table import Table
-from timing import interleave, provenance, save
+from timing import interleave, provenance, repeats, save
 from torch import Tensor
 
 from megactx import kernels
@@ -91,14 +90,6 @@ def providers(case: Case) -> dict[str, Callable[[], Tensor]]:
     else:
         assert torch.equal(operator(), reference()), "the backends draw different ids"
     return found
-
-
-def repeats(call: Callable[[], object]) -> int:
-    """How many calls take about 20 ms: a round must not be shorter than what the clock and the caller cost."""
-    call()  # compiles
-    start = time.perf_counter()
-    call()
-    return max(1, int(0.02 / (time.perf_counter() - start)))
 
 
 def main() -> None:
