@@ -111,7 +111,8 @@ EXTENSION = Extension(
     define_macros=[("TORCH_TARGET_VERSION", f"0x{TORCH_FLOOR[0]:02x}{TORCH_FLOOR[1]:02x}000000000000")],
     extra_compile_args=[
         *("-O3", "-std=c++20", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra"),
-        # IEEE results, the same in every clone of a function; no errno, no traps: what vectorisation needs.
+        # IEEE results, the same in every clone of a function (attention.cpp says why it asks for fused multiply-adds);
+        # no errno, no traps: what vectorisation needs.
         *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
     ],
     libraries=["torch_cpu"],

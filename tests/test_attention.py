@@ -103,9 +103,9 @@ def test_slopes_follow_their_rules() -> None:
         alibi_slopes(2.5)  # type: ignore[arg-type]
 
 
-def test_without_bias_it_is_torch_attention() -> None:
+def test_with_slopes_of_zero_it_is_torch_attention() -> None:
     a = inputs(torch.float32)
-    out = alibi_attention(a["q"], a["k"], a["v"], a["positions_q"], a["positions_k"], causal=False)
+    out = alibi_attention(a["q"], a["k"], a["v"], a["positions_q"], a["positions_k"], torch.zeros(4), causal=False)
     q, k, v = (a[name].transpose(1, 2) for name in "qkv")
     theirs = F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
     torch.testing.assert_close(out, theirs)
@@ -244,7 +244,7 @@ def test_error_is_at_most_that_of_torch(dtype: torch.dtype) -> None:
     exact = torch_attention(*doubles)
     truth = [exact, *torch.autograd.grad(exact.sum(), doubles)]
     errors = []
-    for out in (alibi_attention(q, k, v, positions), torch_attention(q, k, v)):
+    for out in (alibi_attention(q, k, v, positions, slopes=torch.zeros(4)), torch_attention(q, k, v)):
         results = [out, *torch.autograd.grad(out.sum(), (q, k, v))]
         pairs = zip(results, truth, strict=True)
         errors.append([((r.double() - t).abs().max() / t.abs().max()).item() for r, t in pairs])

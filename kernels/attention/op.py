@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _library
@@ -19,8 +20,9 @@ from .._runtime import (
     check_number,
     check_shape,
     compute_dtype,
+    without_autocast,
 )
-from . import reference
+from . import blocked, reference
 
 
 def alibi_slopes(num_heads: int, rule: str = "press", *, device: torch.device | str | None = None) -> Tensor:
@@ -50,7 +52,7 @@ def alibi_attention(
     key_padding_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """softmax(scale q k^T - slope_h |pos_q - pos_k|) v, with no [B, H, Tq, Tk] tensor on a fused backend.
+    """softmax(scale q k^T - slope_h |pos_q - pos_k|) v, with no [B, H, Tq, Tk] tensor but in the reference.
 
     `q` [B, Tq, Hq, D]; `k`, `v` [B, Tk, Hk, D], Hq a multiple of Hk (grouped queries), all of one float dtype.
     `positions_q` int32 or int64 [Tq] or [B, Tq], `positions_k` [Tk] or [B, Tk], by default `positions_q`; anything in
@@ -61,6 +63,12 @@ def alibi_attention(
 
     A query with nothing to attend to gives exactly 0 and zero gradients, and neither it nor a key that is masked away
     ever reaches another result, be it NaN.  Raises `ValueError` or `TypeError` naming the argument.
+
+    Without slopes, sinks and padding this is `F.scaled_dot_product_attention` under the backend `auto`, for all but
+    causal queries that are fewer than the keys and more than one.  That one does not contain what is not finite in a
+    later key: its CPU kernel multiplies it by a weight of 0, so that a NaN in `v` makes the output NaN for every
+    query that meets the same block of keys, and one in `k` or `v` reaches the gradients.  A named backend has the
+    guarantee.
     """
     check_attention_inputs(q, k, v)
     check_bool("causal", causal)
@@ -82,8 +90,21 @@ def alibi_attention(
         check_mask("key_padding_mask", key_padding_mask, (batch, keys))
         check_like("key_padding_mask", key_padding_mask, "q", q, dtype=False)
     scale = checked_scale(scale, head_dim)
+    plain = slopes is None and sinks is None and key_padding_mask is None
+    aligned = not causal or queries in (1, keys)  # PyTorch's causality counts from the first key, ours from the last
+    if plain and aligned and _library.chosen() == "auto":
+        return _torch_attention(q, k, v, causal and queries == keys, scale)
     out, _ = _ALIBI(q, k, v, positions_q, positions_k, slopes, sinks, causal, key_padding_mask, scale)
     return out
+
+
+@without_autocast
+def _torch_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
+    """PyTorch's own attention, for what has neither a bias nor a sink nor padding."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2).contiguous()
 
 
 def checked_scale(scale: float | None, head_dim: int) -> float:
@@ -146,12 +167,16 @@ def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Any, ...]:
 _ALIBI = _library.register(
     "alibi_attention",
     reference=reference.alibi_attention,
+    fallback=blocked.alibi_attention,
     fake=_fake,
     backward=_backward,
     setup_context=_setup_context,
 )
 _ALIBI_BACKWARD = _library.register(
-    "alibi_attention_backward", reference=reference.alibi_attention_backward, fake=_backward_fake
+    "alibi_attention_backward",
+    reference=reference.alibi_attention_backward,
+    fallback=blocked.alibi_attention_backward,
+    fake=_backward_fake,
 )
 for _name in ("alibi_attention", "alibi_attention_backward"):
     _library.triton(_name, ".attention.launch")
