@@ -1,7 +1,7 @@
 # make demo    prepare a corpus, train on it, sample, write a report
 # make test    the whole test suite
 # make lint    ruff, mypy and the import contracts
-# make bench   the sampling operator, generation and training against what they replace, on this CPU
+# make bench   the operators, generation and training against what they replace, on this machine
 # make clean   remove what the other targets made
 #
 # The first target that runs makes .venv and installs into it. Variables:
@@ -43,6 +43,8 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 bench: $(STAMP)
+	$(BIN)/python bench/rotary.py
+	$(BIN)/python bench/attention.py
 	$(BIN)/python bench/sampling_op.py
 	$(BIN)/python bench/sampling.py
 	$(BIN)/python bench/training.py
