@@ -236,6 +236,16 @@ MEGACTX_INLINE void normalise(T* __restrict a, T* __restrict b, int64_t pairs, c
   }
 }
 
+// g . (x, y) scale for a large gradient of a large head, whose product overflows before it is scaled.
+template <class T>
+__attribute__((noinline)) T scaled_product(const T* a, const T* b, const T* x, const T* y, int64_t pairs, T scale) {
+  T products[kLanes] = {};
+  for (int64_t j = 0; j < pairs; j += kLanes) {
+    for (int i = 0; i < kLanes; ++i) products[i] += a[j + i] * (x[j + i] * scale) + b[j + i] * (y[j + i] * scale);
+  }
+  return sum(products);
+}
+
 // From the gradient of the result (a, b) to that of the head (x, y), with n = w scale (x, y) the normalised head, w its
 // weights and g the gradient turned back: scale (g - w n mean(g . (x, y) scale)). For a norm after the rotation R,
 // w = |R| makes this R^T (scale (grad - n' mean(grad . n'))) with n' = R (x, y) scale, since R^T R = w^2.
@@ -249,7 +259,8 @@ MEGACTX_INLINE void normalise_backward(T* __restrict a, T* __restrict b, const T
     MEGACTX_VECTOR_LOOP
     for (int i = 0; i < kLanes; ++i) products[i] += a[j + i] * x[j + i] + b[j + i] * y[j + i];
   }
-  const T along = sum(products) * scale / (2 * pairs);
+  T along = sum(products) * scale / (2 * pairs);
+  if (!std::isfinite(along)) along = scaled_product(a, b, x, y, pairs, scale) / (2 * pairs);
   for (int64_t j = 0; j < pairs; j += kLanes) {
     MEGACTX_VECTOR_LOOP
     for (int i = 0; i < kLanes; ++i) {

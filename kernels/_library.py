@@ -41,6 +41,7 @@ from ._runtime import without_autocast
 NAMESPACE = "megactx"
 BACKENDS = ("auto", "reference", "triton", "cpp")
 
+_YES = ("1", "true", "yes", "on", "y")  # as Triton reads its variables
 _DISPATCH_KEY = {"triton": "CUDA", "cpp": "CPU"}
 _DEVICE = {"triton": "cuda", "cpp": "cpu"}
 _FAMILIES = ("rotary", "attention", "gist", "sampling", "mtp")
@@ -108,7 +109,8 @@ _choice = _Choice()
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 _TRITON_MISSING = "" if importlib.util.find_spec("triton") else "triton is not installed"
-_INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1" and not _TRITON_MISSING
+_INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in _YES and not _TRITON_MISSING
+_interpreter_lock = threading.RLock()  # the interpreter keeps the state of the running program in globals
 _interpreter = torch.library.Library(f"{NAMESPACE}_interpreted", "DEF") if _INTERPRETING else None
 for _name, _schema in SCHEMAS.items():
     for _each in (_library, _interpreter):
@@ -165,6 +167,7 @@ class Operator:
     interpreted: Callable[..., Any] | None = None  # the Triton kernels on the CPU
     triton: str = ""  # the module of its Triton launchers
     fallback: Callable[..., Any] | None = None  # what runs where no kernel fits: the reference, unless told otherwise
+    differentiable: bool = False
 
     def __call__(self, *args: Any) -> Any:
         choice = _choice.name
@@ -173,6 +176,11 @@ class Operator:
         if forward_ad._current_level >= 0:  # an operator has no forward derivative, and its tangents would be zero
             raise RuntimeError(
                 f"{NAMESPACE}::{self.name} has no forward-mode derivative (jvp, jacfwd, dual_level): "
+                'compute it under megactx.kernels.use_backend("reference")'
+            )
+        if self.differentiable and not torch.compiler.is_compiling() and _functional_gradient(args):
+            raise RuntimeError(
+                f"{NAMESPACE}::{self.name} has no derivative for torch.func (grad, vjp, jacrev): "
                 'compute it under megactx.kernels.use_backend("reference")'
             )
         if choice != "auto":
@@ -204,7 +212,11 @@ class Operator:
         launchers = self._launchers()
         if launchers.unfit(self.name, *args):
             return (self.fallback or self.reference)(*args)
-        return getattr(launchers, self.name)(*args)
+        launch = getattr(launchers, self.name)
+        if not _INTERPRETING:
+            return launch(*args)
+        with _interpreter_lock:
+            return launch(*args)
 
 
 OPERATORS: dict[str, Operator] = {}
@@ -240,10 +252,13 @@ def register(
             torch.library.register_autograd(qualified, derivative, setup_context=setup_context, lib=library)
         overload = getattr(getattr(torch.ops, library.ns), name).default
         if name.endswith("_"):
-            library.impl(name, _counting_writes(overload), "ADInplaceOrView", with_keyset=True)
+            for key, function in (("Autograd", _refusing_gradients), ("ADInplaceOrView", _counting_writes)):
+                library.impl(name, function(overload), key, with_keyset=True)
         found.append(overload)
     overload, interpreted = found
-    OPERATORS[name] = operator = Operator(name, reference, overload, interpreted, fallback=fallback)
+    differentiable = backward is not None and not name.endswith("_backward")
+    operator = Operator(name, reference, overload, interpreted, fallback=fallback, differentiable=differentiable)
+    OPERATORS[name] = operator
     return operator
 
 
@@ -272,15 +287,50 @@ def _interpreted(backward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _written(overload: Any) -> list[int]:
+    return [i for i, argument in enumerate(overload._schema.arguments) if argument.is_write]
+
+
+def _refusing_gradients(overload: Any) -> Callable[..., Any]:
+    """Writing in place has no derivative: autograd would go on with that of the value that was there before."""
+    written = _written(overload)
+    counting = _counting_writes(overload)
+
+    def run(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled():
+            for i in written:
+                if args[i].requires_grad:
+                    raise RuntimeError(
+                        f"{overload.name()} has no derivative, and its argument {overload._schema.arguments[i].name} "
+                        "requires a gradient: call the public function of megactx.kernels"
+                    )
+        return counting(keyset, *args)  # from here on: one step into Python is enough
+
+    return run
+
+
 def _counting_writes(overload: Any) -> Callable[..., Any]:
     """A kernel writes memory unseen by autograd, which has to know that a tensor it saved is not what it was."""
-    written = [i for i, argument in enumerate(overload._schema.arguments) if argument.is_write]
+    written = _written(overload)
 
     def run(keyset: Any, *args: Any) -> Any:
         torch.autograd.graph.increment_version([args[i] for i in written])
         return overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
 
     return run
+
+
+def _functional_gradient(args: tuple[Any, ...]) -> bool:
+    """Whether torch.func is taking a gradient by one of the arguments, at whatever depth of its transforms."""
+    functorch = torch._C._functorch
+    if functorch.peek_interpreter_stack() is None or not torch.is_grad_enabled():
+        return False
+    for x in args:
+        while isinstance(x, torch.Tensor) and functorch.is_functorch_wrapped_tensor(x):
+            if functorch.is_gradtrackingtensor(x) and x.requires_grad:
+                return True
+            x = functorch.get_unwrapped(x)
+    return False
 
 
 def _no_second_derivative(qualified: str) -> Callable[..., Any]:
@@ -305,7 +355,8 @@ def why_not(name: str, backend: str, device: str | None = None) -> str:
     elif not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", _DISPATCH_KEY[backend]):
         return EXTENSION_ERROR or "the C++ extension holds no kernel for this operator"
     if device is not None and device != _DEVICE[backend]:
-        return f"it runs on {_DEVICE[backend]} tensors, got {device}"
+        hint = " (TRITON_INTERPRET=1 interprets it on the CPU)" if (backend, device) == ("triton", "cpu") else ""
+        return f"it runs on {_DEVICE[backend]} tensors, got {device}{hint}"
     if backend == "triton" and not torch.cuda.is_available():
         return "no CUDA device"
     return ""

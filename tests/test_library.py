@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -231,6 +232,59 @@ def test_forward_derivatives_are_refused_by_name_and_the_reference_has_them(name
             assert tangent(first).abs().sum() > 0
 
 
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_functional_gradients_are_refused_by_name_and_the_reference_has_them(name: str) -> None:
+    first, *rest = _arguments(name)
+    public = _public(name)
+
+    def function(x: Tensor) -> Tensor:
+        result = public(x, *rest)
+        return (result if isinstance(result, Tensor) else result[0]).sum()
+
+    batch = torch.stack((first, first + 1))
+    message = rf'megactx::{name} has no derivative for torch.func .*use_backend\("reference"\)'
+    with kernels.use_backend("auto"):
+        for gradient in (
+            lambda: torch.func.grad(function)(first),
+            lambda: torch.func.vjp(function, first),
+            lambda: torch.func.jacrev(function)(first),
+            lambda: torch.func.vmap(torch.func.grad(function))(batch),
+            lambda: torch.func.grad(lambda x: torch.func.vmap(function)(x).sum())(batch),
+        ):
+            with pytest.raises(RuntimeError, match=message):
+                gradient()
+        # What the gradient is not of goes through, and so does a map over a batch, with PyTorch's own gradient.
+        plain = function(first)
+        assert torch.equal(torch.func.grad(lambda s: s * function(first))(torch.ones(())), plain)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # vmap says that it loops
+            mapped = torch.func.vmap(function)(batch.requires_grad_())
+        torch.testing.assert_close(mapped[0], plain)
+        assert torch.autograd.grad(mapped.sum(), batch)[0].abs().sum() > 0
+    with kernels.use_backend("reference"):
+        assert torch.func.grad(function)(first).abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", [name for name in _library.SCHEMAS if name.endswith("_")])
+def test_writing_in_place_past_the_public_function_gives_no_wrong_gradient(name: str) -> None:
+    arguments = _arguments(name)
+    overload = getattr(torch.ops.megactx, name).default
+    written = [i for i, argument in enumerate(overload._schema.arguments) if argument.is_write]
+    for i in written:
+        inputs = [x.clone() if isinstance(x, Tensor) else x for x in arguments]
+        inputs[i] = inputs[i].requires_grad_() * 1
+        before = [inputs[j].clone() for j in written]
+        argument = overload._schema.arguments[i].name
+        with pytest.raises(RuntimeError, match=f"megactx::{name} has no derivative, and its argument {argument} requi"):
+            overload(*inputs)
+        assert all(torch.equal(inputs[j], x) for j, x in zip(written, before, strict=True))
+        for guard in (torch.no_grad, torch.inference_mode):
+            version = inputs[i]._version
+            with guard():
+                overload(*inputs)
+            assert inputs[i]._version > version
+
+
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 @pytest.mark.parametrize("name", [name for name in _library.SCHEMAS if not name.endswith("_backward")])
 def test_a_default_device_does_not_reach_into_an_operator(name: str, backend: str) -> None:
@@ -377,6 +431,26 @@ for _ in range(2):
 """
     first, second = _python(twice, MEGACTX_BACKEND="fast").stdout.splitlines()
     assert first == second
+
+
+def test_the_interpreter_is_asked_for_as_triton_is() -> None:
+    pytest.importorskip("triton")
+    code = """
+from triton import knobs
+from megactx.kernels import _library
+assert _library._INTERPRETING == knobs.runtime.interpret
+print(_library._INTERPRETING)
+"""
+    for value, asked in (("1", True), ("true", True), ("Yes", True), ("ON", True), ("0", False), ("2", False)):
+        done = _python(code, TRITON_INTERPRET=value)
+        assert done.stdout.strip() == str(asked), done.stderr
+    code = """
+from megactx.kernels import _library, rotary
+from megactx import kernels
+kernels.backends()
+print(_library.why_not("gaussian_rope", "triton", "cpu"))
+"""
+    assert "it runs on cuda tensors, got cpu (TRITON_INTERPRET=1 interprets it on the CPU)" in _python(code).stdout
 
 
 def test_every_public_name_resolves_and_unknown_ones_do_not() -> None:

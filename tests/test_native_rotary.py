@@ -102,6 +102,17 @@ def test_the_gradient_of_one_input_alone_passes_its_norm_alone() -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("after", [False, True])
+def test_the_gradient_of_a_norm_overflows_no_sooner_than_its_terms(after: bool) -> None:
+    """The product of a large gradient and a large head is no part of the result."""
+    q, k, positions, _ = inputs()
+    rest = (positions, None, *Settings(qk_norm_eps=1e-5, norm_after=after))
+    arguments = q * 1e20, k * 1e20, q * 1e18, k * 1e18
+    exact = reference.gaussian_rope_backward(*double(*arguments), *rest)
+    for got, wanted in zip(rope_backward(*arguments, *rest), exact, strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("base", [10000.0, 500000.0, 1.0, 0.25, 1e-20, 7.3, 1e300])
 @pytest.mark.parametrize("head_dim", [2, 6, 64, 130])
 def test_phase_constants_are_those_of_the_reference_to_the_last_bit(base: float, head_dim: int) -> None:

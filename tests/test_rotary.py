@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megactx import kernels
 from megactx.kernels.rotary.reference import phase_steps
@@ -278,6 +279,32 @@ def test_in_place_overwrites_counts_as_a_write_and_has_the_gradient() -> None:
         saved.sum().backward()
 
 
+@pytest.mark.parametrize("settings", [{}, {"qk_norm_eps": 1e-5}, {"qk_norm_eps": 1e-5, "norm_after": True}], ids=str)
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("frozen", [None, 0, 1])
+def test_in_place_has_the_gradient_of_the_copy(
+    settings: dict[str, Any], compiled: bool, backend: str, frozen: int | None
+) -> None:
+    """Of a normalised head it is taken at a value that was overwritten."""
+    q, k, positions, lods = inputs(torch.float32)
+    pair = [x.requires_grad_(i != frozen) for i, x in enumerate((q, k))]
+    trained = [x for x in pair if x.requires_grad]
+
+    def in_place(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return kernels.gaussian_rope_(q * 1, k * 1, positions, lods, **settings)
+
+    if compiled:
+        torch._dynamo.reset()
+        in_place = torch.compile(in_place, backend="aot_eager", fullgraph=True)
+    grads = []
+    with kernels.use_backend(backend):
+        for function in (lambda q, k: kernels.gaussian_rope(q, k, positions, lods, **settings), in_place):
+            out = function(*pair)
+            grads.append(torch.autograd.grad(out[0].sin().sum() + out[1].cos().sum(), trained))
+    torch.testing.assert_close(grads[1], grads[0])
+
+
 @pytest.mark.parametrize("order", ["BTHD", "BHTD", "HBTD", "BTDH"])
 def test_in_place_takes_slices_of_a_packed_projection(order: str) -> None:
     """q, k and v side by side along the heads, wherever the heads lie in memory."""
@@ -307,6 +334,19 @@ def test_in_place_refuses_memory_that_overlaps(grad: bool) -> None:
     assert torch.equal(x, before)
 
 
+def test_in_place_refuses_negative_views_before_it_writes_anything() -> None:
+    q, k, positions, _ = inputs()
+    negative = torch.complex(k, k).conj().imag
+    assert negative.is_neg()
+    before = q.clone(), negative.clone()
+    with pytest.raises(ValueError, match="k must not have the negative bit set"):
+        kernels.gaussian_rope_(q, negative, positions)
+    with pytest.raises(ValueError, match="q must not have the negative bit set"):
+        kernels.gaussian_rope_(negative, q, positions)
+    assert torch.equal(q, before[0])
+    assert torch.equal(negative, before[1])
+
+
 def test_in_place_refuses_leaves_before_it_writes_anything() -> None:
     q, k, positions, _ = inputs()
     before = q.clone()
@@ -334,6 +374,27 @@ def test_what_is_made_of_a_frozen_input_needs_no_gradient(frozen: int, backend: 
         assert kernels.gaussian_rope_(*in_place, positions, lods)[frozen].requires_grad is False
 
 
+@pytest.mark.parametrize("settings", [{}, {"qk_norm_eps": 1e-5}], ids=str)
+def test_what_is_frozen_is_not_turned_back(settings: dict[str, Any]) -> None:
+    heads: list[tuple[int, int]] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is torch.ops.megactx.gaussian_rope_backward.default:
+                heads.append((args[0].shape[2], args[1].shape[2]))
+            return function(*args, **(kwargs or {}))
+
+    q, k, positions, lods = inputs()
+    for needs in ((True, True), (True, False), (False, True)):
+        pair = [x.clone().requires_grad_(needed) for x, needed in zip((q, k), needs, strict=True)]
+        with kernels.use_backend("auto"):
+            out = kernels.gaussian_rope(*pair, positions, lods, **settings)
+        with Recorder():
+            sum(y.sum() for y in out).backward()
+        assert [x.grad is not None for x in pair] == list(needs)
+    assert heads == [(4, 2), (4, 0), (0, 2)]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -347,7 +408,9 @@ def test_what_is_made_of_a_frozen_input_needs_no_gradient(frozen: int, backend: 
         ({"lods": torch.zeros(2, 3, dtype=torch.int64)}, "lods must have shape"),
         ({"sigma": "gauss"}, "sigma must be one of 'none', 'uniform', 'power', got 'gauss'"),
         ({"lod_pairs": 5}, r"lod_pairs must be in \[0, 4\], got 5"),
-        ({"base": -1.0}, "base must be positive and finite, got -1.0"),
+        ({"base": -1.0}, r"base must be in \[1e-30, 1e\+30\], got -1.0"),
+        ({"base": 1e-31}, r"base must be in \[1e-30, 1e\+30\], got 1e-31"),
+        ({"base": 1e31}, r"base must be in \[1e-30, 1e\+30\], got 1e\+31"),
         ({"base": "1"}, "base must be positive and finite, got '1'"),
         ({"base": math.inf}, "base must be positive and finite, got inf"),
         ({"lod_pairs": 1.5}, "lod_pairs must be an integer, got 1.5"),
@@ -359,7 +422,8 @@ def test_what_is_made_of_a_frozen_input_needs_no_gradient(frozen: int, backend: 
         ({"block_size": 2**63}, "block_size must be an integer of 64 bits, got"),
         ({"qk_norm_eps": "a"}, "qk_norm_eps must be None or positive and finite, got 'a'"),
         ({"block_size": 0}, "block_size must be >= 1, got 0"),
-        ({"qk_norm_eps": 0.0}, "qk_norm_eps must be None or positive and finite, got 0.0"),
+        ({"qk_norm_eps": 0.0}, "qk_norm_eps must be None or at least 1.2e-38, got 0.0"),
+        ({"qk_norm_eps": 1e-38}, "qk_norm_eps must be None or at least 1.2e-38, got 1e-38"),
     ],
 )
 def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:

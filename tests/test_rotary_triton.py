@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
-import os
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal, localcontext
 from typing import Any
 
@@ -22,9 +22,7 @@ INTERPRETED = DEVICE == "cpu"
 pytestmark = [
     pytest.mark.interp,
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
-    pytest.mark.skipif(
-        INTERPRETED and os.environ.get("TRITON_INTERPRET") != "1", reason="no GPU, and TRITON_INTERPRET is not set"
-    ),
+    pytest.mark.skipif(INTERPRETED and not _library._INTERPRETING, reason="no GPU, and TRITON_INTERPRET is not set"),
 ]
 
 PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899")
@@ -267,19 +265,43 @@ def test_nothing_gives_nothing(shape: tuple[int, ...]) -> None:
         kernels.gaussian_rope_(q.detach(), torch.zeros(shape, device=DEVICE), torch.arange(shape[1], device=DEVICE))
 
 
+@pytest.mark.parametrize("eps", [None, 1e-5])
 @pytest.mark.parametrize("order", ["BTHD", "BHTD", "HBTD", "BTDH"])
-def test_in_place_is_the_copy_and_counts_as_a_write(order: str) -> None:
+def test_in_place_is_the_copy_and_counts_as_a_write(order: str, eps: float | None) -> None:
     """q, k and v side by side along the heads, wherever the heads lie in memory; v stays as it is."""
     packed = torch.randn(2, 3, 8, 6).to(DEVICE)
     _, _, positions, lods = inputs()
-    expected = triton(packed[:, :, :4], packed[:, :, 4:6], positions, lods, qk_norm_eps=1e-5)
+    expected = triton(packed[:, :, :4], packed[:, :, 4:6], positions, lods, qk_norm_eps=eps)
     layout = ["BTHD".index(name) for name in order]
     stored = packed.permute(layout).contiguous().permute(torch.tensor(layout).argsort().tolist())
     version = stored._version
     with kernels.use_backend("triton"):
-        kernels.gaussian_rope_(stored[:, :, :4], stored[:, :, 4:6], positions, lods, qk_norm_eps=1e-5)
+        kernels.gaussian_rope_(stored[:, :, :4], stored[:, :, 4:6], positions, lods, qk_norm_eps=eps)
     assert stored._version > version
-    assert torch.equal(stored, torch.cat((*expected, packed[:, :, 6:]), dim=2))
+    assert torch.equal(stored[:, :, 6:], packed[:, :, 6:])
+    # Compiled for another layout, the sum of a norm may be taken in another order.
+    rounding = 0.0 if eps is None or INTERPRETED else 1e-6
+    torch.testing.assert_close(stored[:, :, :6], torch.cat(expected, dim=2), rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("settings", [{}, {"qk_norm_eps": 1e-5}, {"qk_norm_eps": 1e-5, "norm_after": True}], ids=str)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_in_place_has_the_gradient_of_the_copy(settings: dict[str, Any], compiled: bool) -> None:
+    q, k, positions, lods = inputs()
+    leaves = [x.requires_grad_() for x in (q, k)]
+
+    def in_place(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return kernels.gaussian_rope_(q * 1, k * 1, positions, lods, **settings)
+
+    if compiled:
+        torch._dynamo.reset()
+        in_place = torch.compile(in_place, backend="aot_eager", fullgraph=True)
+    grads = []
+    for function in (lambda q, k: kernels.gaussian_rope(q, k, positions, lods, **settings), in_place):
+        with kernels.use_backend("triton"):
+            out = function(q, k)
+            grads.append(torch.autograd.grad(out[0].sin().sum() + out[1].cos().sum(), leaves))
+    torch.testing.assert_close(grads[1], grads[0])
 
 
 def test_a_value_that_autograd_saved_is_not_overwritten_in_silence() -> None:
@@ -354,6 +376,67 @@ def test_what_does_not_fit_is_refused_by_name_and_goes_to_the_reference_otherwis
     settings = (32, 10000.0, "uniform", 0, False, False, None, False)
     launched = _library.OPERATORS["gaussian_rope"]._launch(q, k, positions, lods, *settings)
     assert all(torch.equal(a, b) for a, b in zip(launched, truth(q, k, positions, lods), strict=True))
+
+
+OUT_OF_BOUNDS: list[tuple[dict[str, Any], str]] = [
+    ({"q": torch.zeros(2, 3, 40)}, r"q must have four dimensions, the last of them even, got \(2, 3, 40\)"),
+    ({"q": torch.zeros(2, 3, 5, 7)}, r"q must have four dimensions, the last of them even, got \(2, 3, 5, 7\)"),
+    ({"k": torch.zeros(2, 3, 8)}, "k must have the shape of q but for the heads"),
+    ({"k": torch.zeros(1, 3, 2, 8)}, r"k must have the shape of q but for the heads, got \(1, 3, 2, 8\)"),
+    ({"k": torch.zeros(2, 1, 2, 8)}, "k must have the shape of q but for the heads"),
+    ({"k": torch.zeros(2, 3, 2, 6)}, "k must have the shape of q but for the heads"),
+    ({"k": torch.zeros(2, 3, 2, 8).half()}, "k must have dtype torch.float32 on .* as q, got torch.float16"),
+    ({"positions": torch.zeros(3)}, "positions must be int32 or int64 on .*, got torch.float32"),
+    ({"positions": torch.arange(2)}, r"positions must have shape \[3\] or \[2, 3\], got \(2,\)"),
+    ({"positions": torch.zeros(2, 2, dtype=torch.int64)}, "positions must have shape"),
+    ({"positions": torch.zeros(2, 3, 1, dtype=torch.int64)}, "positions must have shape"),
+    ({"lods": torch.zeros(1, 3, dtype=torch.int64)}, r"lods must have shape .* got \(1, 3\)"),
+    ({"lods": torch.zeros(3, dtype=torch.int16)}, "lods must be int32 or int64 on .*, got torch.int16"),
+    ({"sigma": "gauss"}, "sigma must be one of none, uniform, power, got 'gauss'"),
+    ({"block_size": 0}, "block_size must be >= 1, got 0"),
+    ({"base": 0.0}, "base must be positive and finite, got 0.0"),
+    ({"base": math.nan}, "base must be positive and finite, got nan"),
+    ({"lod_pairs": 5}, r"lod_pairs must be in \[0, 4\], got 5"),
+    ({"lod_pairs": -1}, r"lod_pairs must be in \[0, 4\], got -1"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), OUT_OF_BOUNDS)
+def test_a_call_past_the_public_function_reads_nothing_out_of_bounds(change: dict[str, Any], message: str) -> None:
+    namespace = torch.ops.megactx_interpreted if INTERPRETED else torch.ops.megactx
+    good = {"q": torch.zeros(2, 3, 5, 8), "k": torch.zeros(2, 3, 2, 8), "positions": torch.arange(3), "lods": None}
+    settings = {"block_size": 32, "base": 10000.0, "sigma": "uniform", "lod_pairs": 0}
+    values = (good | settings | change).values()
+    arguments = [x.to(DEVICE) if isinstance(x, Tensor) else x for x in values]
+    rest = (False, False, 1e-5, False)
+    with pytest.raises(ValueError, match=f"gaussian_rope: {message}"):
+        namespace.gaussian_rope(*arguments, *rest)
+    with pytest.raises(ValueError, match=f"gaussian_rope: {message}"):
+        namespace.gaussian_rope_(*arguments, *rest)
+    with pytest.raises(ValueError, match=f"gaussian_rope: {message}"):
+        namespace.gaussian_rope_backward(*arguments[:2], *arguments[:2], *arguments[2:], *rest)
+
+
+def test_what_was_normalised_must_match_its_gradient() -> None:
+    namespace = torch.ops.megactx_interpreted if INTERPRETED else torch.ops.megactx
+    q, k, positions, lods = inputs()
+    rest = (positions, lods, 32, 10000.0, "uniform", 0, False, False, 1e-5, False)
+    for bad in (q[:, :2], q[..., :4], q.double(), q[0]):
+        with pytest.raises(ValueError, match="q must have the shape, dtype and device of its gradient"):
+            namespace.gaussian_rope_backward(q, k, bad, k, *rest)
+        with pytest.raises(ValueError, match="k must have the shape, dtype and device of its gradient"):
+            namespace.gaussian_rope_backward(k, q, k, bad, *rest)
+
+
+def test_launches_from_many_threads_do_not_meet() -> None:
+    """The interpreter keeps the program that runs in globals."""
+    q, k, positions, lods = inputs(heads=(3, 1))
+    samples = [(q * scale, k, positions + scale, lods) for scale in range(8)]
+    expected = [triton(*sample) for sample in samples]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(2):
+            got = list(threads.map(lambda sample: triton(*sample), samples))
+            assert all(torch.equal(a, b) for x, y in zip(got, expected, strict=True) for a, b in zip(x, y, strict=True))
 
 
 def test_offsets_past_two_to_the_31() -> None:

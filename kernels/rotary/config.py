@@ -1,7 +1,9 @@
 """Launch sizes of the rotary kernel.
 
 They follow from the dtype, the head dimension and the numbers of heads, never from the number of tokens: a sum over a
-head is taken in the order of the tile, and a token must get the same bits alone and in any batch.
+head is taken in the order of the tile, and the copying operator must give a token the same bits alone and in any batch.
+That order is also the compiler's choice, for each alignment of the inputs and for writing in place: there a normalised
+head may differ by a rounding from the copying operator's.  What is not normalised is the same to the last bit.
 """
 
 from __future__ import annotations

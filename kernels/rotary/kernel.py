@@ -175,7 +175,8 @@ def rotary_kernel(
 
     Grid: (ceil(B T / BLOCK_T), G).  A program makes the cosines of BLOCK_T tokens once and goes over their heads,
     BLOCK_H at a time; G programs share the heads of a token where tokens are few.  No number depends on G or on B: a
-    head is one row of one tile, whichever program has it.
+    head is one row of one tile, whichever program has it.  The sum of a norm does depend on how the compiler spreads
+    a tile over threads, which may differ between the variants it compiles: in place or not, aligned or not.
     Bytes: q and k once in and once out (and `at` once in), 4 to 16 a token of positions and levels.
     """
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)

@@ -13,9 +13,10 @@ from .. import _tune
 from .._runtime import kept
 from .config import MAX_HEAD_DIM, choose
 from .kernel import rotary_kernel
-from .reference import Settings, phase_steps
+from .reference import SIGMAS, Settings, phase_steps
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_INTEGERS = (torch.int64, torch.int32)
 _UNIT = 2**32  # of the logarithms in the table
 _NEVER = -(2**62)  # the logarithm of nothing: no level makes a spread of it, and no sum with a level wraps
 _LOG2_E = math.log2(math.e)
@@ -72,6 +73,7 @@ def _launch(
     inputs: tuple[Tensor, Tensor], out: _Pair, at: _Pair, positions: Tensor, lods: Tensor | None, s: Settings
 ) -> None:
     q, k = inputs
+    _check(q, k, at, positions, lods, s)
     batch, length, heads_q, head_dim = q.shape
     heads_k, tokens = k.shape[2], batch * length
     if not tokens * head_dim * (heads_q + heads_k):
@@ -111,6 +113,37 @@ def _launch(
             num_stages=1,
             enable_fp_fusion=True,
         )
+
+
+def _check(q: Tensor, k: Tensor, at: _Pair, positions: Tensor, lods: Tensor | None, s: Settings) -> None:
+    """Refuse what a kernel would read or write out of bounds: not all calls come through the public functions."""
+    shape, dtype, device = q.shape, q.dtype, q.device
+    if len(shape) != 4 or shape[3] % 2:
+        raise ValueError(f"gaussian_rope: q must have four dimensions, the last of them even, got {tuple(shape)}")
+    if len(k.shape) != 4 or k.shape[:2] != shape[:2] or k.shape[3] != shape[3]:
+        raise ValueError(f"gaussian_rope: k must have the shape of q but for the heads, got {tuple(k.shape)}")
+    if k.dtype != dtype or k.device != device:
+        raise ValueError(f"gaussian_rope: k must have dtype {dtype} on {device} as q, got {k.dtype} on {k.device}")
+    for name, x in (("positions", positions), ("lods", lods)):
+        if x is None:
+            continue
+        if x.dtype not in _INTEGERS or x.device != device:
+            raise ValueError(f"gaussian_rope: {name} must be int32 or int64 on {device}, got {x.dtype} on {x.device}")
+        if x.shape != shape[1:2] and x.shape != shape[:2]:
+            raise ValueError(
+                f"gaussian_rope: {name} must have shape [{shape[1]}] or [{shape[0]}, {shape[1]}], got {tuple(x.shape)}"
+            )
+    for name, x, grad in (("q", at[0], q), ("k", at[1], k)):
+        if x is not None and (x.shape != grad.shape or x.dtype != dtype or x.device != device):
+            raise ValueError(f"gaussian_rope: {name} must have the shape, dtype and device of its gradient")
+    if s.sigma not in SIGMAS:
+        raise ValueError(f"gaussian_rope: sigma must be one of {', '.join(SIGMAS)}, got {s.sigma!r}")
+    if s.block_size < 1:
+        raise ValueError(f"gaussian_rope: block_size must be >= 1, got {s.block_size}")
+    if not 0 < s.base < math.inf:
+        raise ValueError(f"gaussian_rope: base must be positive and finite, got {s.base}")
+    if not 0 <= s.lod_pairs <= shape[3] // 2:
+        raise ValueError(f"gaussian_rope: lod_pairs must be in [0, {shape[3] // 2}], got {s.lod_pairs}")
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:

@@ -7,14 +7,17 @@ from torch import _C, Tensor
 
 
 def check_memory(q: Tensor, k: Tensor) -> None:
-    """Refuse q and k that overlap, themselves or each other.
+    """Refuse q and k that overlap, themselves or each other, and what is a negative view, which no kernel writes.
 
     The checks are sound and not complete: a layout that only a search would show to be free of overlaps is refused.
     Slices of packed projections pass, whichever dimension they are packed along.
     """
-    # A traced graph has symbols for strides, and no memory yet: there the compiler looks after aliases.
+    # A traced graph has symbols for strides and no memory yet.  A guard for each comparison of them would compile anew
+    # with every layout, so what overlaps there, other than by expansion, is not found.
     traced = torch.compiler.is_compiling()
     for name, x in (("q", q), ("k", k)):
+        if not traced and x.is_neg():
+            raise ValueError(f"{name} must not have the negative bit set to be rotated in place: use resolve_neg()")
         expanded = any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True))
         if expanded or (not traced and _span(_by_stride(x), 1) is None):
             raise ValueError(

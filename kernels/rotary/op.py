@@ -18,8 +18,10 @@ from .._runtime import (
 )
 from . import reference
 from .memory import check_memory
+from .reference import SIGMAS
 
-SIGMAS = ("none", "uniform", "power")
+_BASES = (1e-30, 1e30)  # of a base far below these the phase constants have more digits than are computed
+_SMALLEST_EPS = torch.finfo(torch.float32).tiny  # less may be flushed to 0, and zeros become NaN
 
 
 def gaussian_rope(
@@ -50,6 +52,8 @@ def gaussian_rope(
     `lod_pairs=m` turns the last m pairs by the level instead, undamped: `lod * base^(-i / m)`.  `interleaved` pairs
     (2j, 2j + 1) instead of (j, j + D / 2).  `conjugate` turns the other way.  `qk_norm_eps` RMS-normalises each head
     of q and k, without a weight, before the rotation; `norm_after` after it, which takes the damping back.
+
+    `base` lies in [1e-30, 1e30], and `qk_norm_eps` is at least 1.2e-38, the smallest normal float32.
 
     Raises `ValueError` or `TypeError` naming the argument.
     """
@@ -83,8 +87,10 @@ def gaussian_rope_(
     Under autograd this is the copying function followed by a copy, since a damped rotation cannot be undone to get
     the input back: it saves no memory there, and is right.
 
-    q and k may be slices of one packed tensor.  Overlapping memory, within one of them or between the two, and leaves
-    that require a gradient are refused before anything is written.
+    q and k may be slices of one packed tensor.  Overlapping memory, within one of them or between the two, tensors with
+    the negative bit set, and leaves that require a gradient are refused before anything is written.  Code that
+    `torch.compile` traces has no memory to look at: it refuses expanded tensors, and memory that overlaps in another
+    way is undefined there.
     """
     options = _checked(
         q,
@@ -99,7 +105,8 @@ def gaussian_rope_(
             origin = x if x._base is None else x._base
             if origin.is_leaf and origin.requires_grad:
                 raise ValueError(f"{name} must not be a leaf that requires a gradient, or a view of one")
-        new_q, new_k = _ROPE(q, k, *options)
+        normalised = options[-2] is not None  # then the derivative needs what is about to be overwritten
+        new_q, new_k = _ROPE(*((q.clone(), k.clone()) if normalised else (q, k)), *options)
         q.copy_(new_q)
         k.copy_(new_k)
     else:
@@ -130,8 +137,8 @@ def _checked(
     if block_size < 1:
         raise ValueError(f"block_size must be >= 1, got {block_size!r}")
     base = float(check_number("base", base, "positive and finite"))
-    if base <= 0:
-        raise ValueError(f"base must be positive and finite, got {base!r}")
+    if not _BASES[0] <= base <= _BASES[1]:
+        raise ValueError(f"base must be in [{_BASES[0]}, {_BASES[1]}], got {base!r}")
     check_choice("sigma", sigma, SIGMAS)
     lod_pairs = check_int("lod_pairs", lod_pairs)
     if not 0 <= lod_pairs <= head_dim // 2:
@@ -140,8 +147,8 @@ def _checked(
         check_bool(name, value)
     if qk_norm_eps is not None:
         qk_norm_eps = check_number("qk_norm_eps", qk_norm_eps, "None or positive and finite")
-        if qk_norm_eps <= 0:
-            raise ValueError(f"qk_norm_eps must be None or positive and finite, got {qk_norm_eps!r}")
+        if qk_norm_eps < _SMALLEST_EPS:
+            raise ValueError(f"qk_norm_eps must be None or at least {_SMALLEST_EPS:.1e}, got {qk_norm_eps!r}")
     return (positions, lods, block_size, base, sigma, lod_pairs, interleaved, conjugate, qk_norm_eps, norm_after)
 
 
@@ -163,8 +170,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Any, ...]:
-    grads = _ROPE_BACKWARD.derivative(grad_q, grad_k, *ctx.saved_tensors, *ctx.settings)
-    return (*grads, *(None,) * 10)
+    q, k, positions, lods = ctx.saved_tensors
+    # What is frozen goes in without heads, which is no work.
+    if not ctx.needs_input_grad[0]:
+        grad_q, q = grad_q[:, :, :0], None if q is None else q[:, :, :0]
+    if not ctx.needs_input_grad[1]:
+        grad_k, k = grad_k[:, :, :0], None if k is None else k[:, :, :0]
+    grads = _ROPE_BACKWARD.derivative(grad_q, grad_k, q, k, positions, lods, *ctx.settings)
+    needed = zip(grads, ctx.needs_input_grad, strict=False)
+    return (*(grad if is_needed else None for grad, is_needed in needed), *(None,) * 10)
 
 
 _ROPE = _library.register(

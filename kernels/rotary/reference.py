@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .._runtime import compute_dtype, kept
 
+SIGMAS = ("none", "uniform", "power")
 _DIGITS = 60  # decimal digits of the frequencies; 64 bits are 20
 _UNIT = 2.0 * math.pi * 2.0**-64  # radians in one unit of a fixed-point phase
 _QUARTER = 2**62  # a quarter turn, which makes a cosine of a sine
