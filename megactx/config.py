@@ -157,8 +157,8 @@ class GPTConfig:
         if not 0 <= _check_real("dropout", self.dropout) < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         for field in ("rope_base", "norm_eps"):
-            if _check_real(field, getattr(self, field)) <= 0:
-                raise ValueError(f"{field} must be above 0, got {getattr(self, field)}")
+            if not 1e-30 <= _check_real(field, getattr(self, field)) <= 1e30:  # what the operators take
+                raise ValueError(f"{field} must be above 0, in [1e-30, 1e30], got {getattr(self, field)}")
         for field in ("qk_norm", "tie_weights", "use_flash_lobo", "use_flash_lobo_per_head", "flash_lobo_fixed"):
             if not isinstance(getattr(self, field), bool):
                 raise TypeError(f"{field} must be True or False, got {getattr(self, field)!r}")

@@ -234,9 +234,9 @@ def test_compiles_to_one_graph_over_changing_lengths() -> None:
         ({"n_head": 0}, "n_head must be at least 1, got 0"),
         ({"block_size": 0}, "block_size must be at least 1, got 0"),
         ({"block_size": 2**63}, "block_size must be an integer of 64 bits"),
-        ({"base": 0.0}, "base must be positive and finite, got 0.0"),
+        ({"base": 1e31}, r"base must be positive and finite, in \[1e-30, 1e30\], got 1e\+31"),
         ({"base": math.inf}, "base must be positive and finite, got inf"),
-        ({"qk_norm_eps": 0.0}, "qk_norm_eps must be positive and finite, got 0.0"),
+        ({"qk_norm_eps": 0.0}, r"qk_norm_eps must be positive and finite, in \[1e-30, 1e30\], got 0.0"),
         ({"qk_norm_eps": math.nan}, "qk_norm_eps must be positive and finite, got nan"),
     ],
 )

@@ -136,9 +136,10 @@ def check_count(name: str, value: Any) -> int:
 
 
 def check_positive(name: str, value: Any) -> float:
+    """Within the range that `gaussian_rope` takes a base from; what it takes for an epsilon is wider."""
     value = float(check_number(name, value, "positive and finite"))
-    if value <= 0:
-        raise ValueError(f"{name} must be positive and finite, got {value!r}")
+    if not 1e-30 <= value <= 1e30:
+        raise ValueError(f"{name} must be positive and finite, in [1e-30, 1e30], got {value!r}")
     return value
 
 
