@@ -1,9 +1,9 @@
 // megactx::alibi_attention on the CPU, forward and backward: flash attention with a bias from positions.
 //
-// Keys are packed in panels of 64, float32, transposed where a product needs it, and cleaned of what is not finite or
-// is padding. A task takes 64 queries of one head through the panels it may see, with a running maximum and sum; a
-// backward task takes one head. Nothing is ever as large as queries times keys, and nothing depends on the other
-// samples of the batch or on the number of threads.
+// Keys are packed in panels of 64 or fewer, float32, transposed where a product needs it, and cleaned of what is not
+// finite or is padding. A task takes 64 queries of one head through the panels it may see, with a running maximum and
+// sum; a backward task takes one head. Nothing is ever as large as queries times keys, and nothing depends on the
+// other samples of the batch or on the number of threads.
 //
 // Panels whose every weight is exactly zero are skipped: with a bias most of a long context is out of reach.
 
@@ -171,7 +171,8 @@ struct Call {
     plan.keys = k.size(1), plan.kv_heads = k.size(2);
     plan.width = (plan.channels + 15) / 16 * 16;
     plan.row_bytes = plan.channels * element_size(q.scalar_type());
-    plan.panels = (plan.keys + kPanel - 1) / kPanel;
+    plan.panel = std::clamp<int64_t>((plan.keys + 15) / 16 * 16, 16, kPanel);
+    plan.panels = (plan.keys + plan.panel - 1) / plan.panel;
     plan.causal = causal;
     plan.scale = static_cast<T>(scale);
     plan.q = heads_of(q), plan.k = heads_of(k), plan.v = heads_of(v);
@@ -229,7 +230,7 @@ struct Call {
     STD_TORCH_CHECK(!mask || (mask->dim() == 2 && mask->size(0) == plan.batch && mask->size(1) == plan.keys &&
                               mask->scalar_type() == ScalarType::Bool && mask->is_cpu()),
                     "alibi_attention: key_padding_mask must be bool of shape [", plan.batch, ", ", plan.keys, "]");
-    shown.resize(plan.batch * plan.panels * kPanel);
+    shown.resize(plan.batch * plan.panels * plan.panel);
     any_shown.resize(plan.batch * plan.panels);
     first_shown.assign(plan.batch, plan.keys);
     for (int64_t b = 0; b < plan.batch; ++b) {
@@ -237,7 +238,7 @@ struct Call {
         const bool is_shown =
             !mask || static_cast<const bool*>(mask->data_ptr())[b * mask->stride(0) + j * mask->stride(1)];
         if (!is_shown) continue;
-        shown[b * plan.panels * kPanel + j] = any_shown[b * plan.panels + j / kPanel] = 1;
+        shown[b * plan.panels * plan.panel + j] = any_shown[b * plan.panels + j / plan.panel] = 1;
         first_shown[b] = j;
       }
     }
@@ -248,10 +249,11 @@ struct Call {
 
   int64_t work() const { return plan.batch * plan.heads * plan.queries * plan.keys * (plan.channels + 16); }
   static constexpr int64_t kInlineBelow = 1 << 19;
+  static constexpr int64_t kKept = 32 << 20;  // bytes of a thread's buffer
 
   void pack(Buffer<T>& packed, bool backward) {
     const int64_t count = plan.batch * plan.kv_heads * plan.panels;
-    plan.packed = packed.get(count * Panel<T>::size(plan.width, backward));
+    plan.packed = packed.get(count * Panel<T>::size(plan.area(), backward));
     for_each_task(count, work(), kInlineBelow, [&](int64_t task) {
       const int64_t panel = task % plan.panels, kv_head = task / plan.panels % plan.kv_heads;
       const int64_t b = task / plan.panels / plan.kv_heads;
@@ -279,14 +281,17 @@ struct Call {
 
   void backward() {
     Buffer<T> packed, sums;
-    pack(packed, true);
-    const int64_t area = plan.batch * plan.heads * plan.panels * kPanel * plan.width;
+    // A head that shares its keys with nobody, in one task of one block, packs them itself.
+    if (plan.group() > 1 || plan.queries > kRows) pack(packed, true);
+    const int64_t area = plan.batch * plan.heads * plan.panels * plan.area();
     if (plan.group() > 1) {
       plan.key_sums = sums.get(2 * area);
       plan.value_sums = plan.key_sums + area;
     }
     for_each_task(plan.batch * plan.heads, work(), kInlineBelow, [&](int64_t task) {
-      tasks<T>().backward(plan, task / plan.heads, task % plan.heads, Scratch<T>::local());
+      Scratch<T>& scratch = Scratch<T>::local();
+      tasks<T>().backward(plan, task / plan.heads, task % plan.heads, scratch);
+      scratch.keys.give_back_above(kKept), scratch.values.give_back_above(kKept);
     });
     if (plan.group() == 1) return;
     for_each_task(plan.batch * plan.kv_heads * plan.panels, work(), kInlineBelow, [&](int64_t task) {
@@ -350,9 +355,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> alibi_attention_backward(
     check_like(grad_out, q, "grad_out");
     check_like(out, q, "out");
     const Tensor dense = torch::stable::contiguous(lse);
-    STD_TORCH_CHECK(dense.dim() == 3 && dense.numel() == plan.batch * plan.heads * plan.queries && dense.is_cpu() &&
-                        (dense.scalar_type() == ScalarType::Double) == (sizeof(T) == sizeof(double)),
-                    "alibi_attention: lse must be what the forward pass returned");
+    STD_TORCH_CHECK(dense.dim() == 3 && dense.size(0) == plan.batch && dense.size(1) == plan.heads &&
+                        dense.size(2) == plan.queries && dense.is_cpu() &&
+                        dense.scalar_type() == (std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float),
+                    "alibi_attention: lse must be ", std::is_same_v<T, double> ? "float64" : "float32", " of shape [",
+                    plan.batch, ", ", plan.heads, ", ", plan.queries, "], as the forward pass returned it");
     Tensor grad_q = contiguous_like(q), grad_k = contiguous_like(k), grad_v = contiguous_like(v);
     const Tensor grad_sinks = empty_tensor<1>({sinks ? plan.heads : 0}, dtype_of(sinks ? *sinks : q));
     plan.grad_out = heads_of(grad_out), plan.out = heads_of(out), plan.lse = static_cast<T*>(dense.data_ptr());

@@ -9,7 +9,7 @@
 namespace megactx::attention {
 
 constexpr int64_t kRows = 64;   // queries that one task takes
-constexpr int64_t kPanel = 64;  // keys that are packed, and scored, together
+constexpr int64_t kPanel = 64;  // keys that are packed, and scored, together, at most
 constexpr int64_t kHeader = kPanel + 16;
 
 // [batch, length, heads, channels] of any strides, counted in bytes but for the channels.
@@ -33,6 +33,11 @@ class Buffer {
     return data_.get();
   }
 
+  // What one long context needed is not kept for the life of a thread.
+  void give_back_above(int64_t bytes) {
+    if (size_ * static_cast<int64_t>(sizeof(T)) > bytes) data_.reset(), size_ = 0;
+  }
+
  private:
   struct Free {
     void operator()(T* data) const { ::operator delete(data, std::align_val_t{64}); }
@@ -41,24 +46,26 @@ class Buffer {
   int64_t size_ = 0;
 };
 
-// Keys 64 p .. 64 p + 63 of one sample and key head, in T, padded with zeros: a header (what is added to the scores
-// of each key, then the largest norm of a key), K transposed, and then V, or K and V transposed for a backward pass.
-// A key that is padding is zero and adds -inf; one that is not finite is zero and adds NaN.
+// Keys n p .. n p + n - 1 of one sample and key head, in T, padded with zeros: a header (what is added to the scores
+// of each key, the largest norm of a key, and whether some key is padding), K transposed, and then V, or K and V
+// transposed for a backward pass. A key that is padding is zero and adds -inf; one that is not finite is zero and adds
+// NaN. n is 64, or less where there are fewer keys, so that many short samples do not cost what long ones do.
 template <class T>
 struct Panel {
-  T *offsets, *largest_norm, *k_transposed, *v, *k, *v_transposed;
+  T *offsets, *largest_norm, *padded, *k_transposed, *v, *k, *v_transposed;
 
-  static int64_t size(int64_t width, bool backward) { return kHeader + (backward ? 3 : 2) * kPanel * width; }
-  Panel(T* data, int64_t width)
-      : offsets(data), largest_norm(data + kPanel), k_transposed(data + kHeader),
-        v(k_transposed + kPanel * width), k(v), v_transposed(k + kPanel * width) {}
+  static int64_t size(int64_t area, bool backward) { return kHeader + (backward ? 3 : 2) * area; }
+  Panel(T* data, int64_t area)
+      : offsets(data), largest_norm(data + kPanel), padded(largest_norm + 1), k_transposed(data + kHeader),
+        v(k_transposed + area), k(v), v_transposed(k + area) {}
 };
 
 template <class T>
 struct Plan {
   int64_t batch, queries, keys, heads, kv_heads, channels;
   int64_t width;   // channels, padded to whole vectors
-  int64_t panels;  // of 64 keys, per sample and key head
+  int64_t panel;   // keys of a panel: 64, or all of them in whole vectors where that is less
+  int64_t panels;  // per sample and key head
   int64_t row_bytes;  // of the channels of one head
   bool causal;
   T scale;
@@ -68,19 +75,20 @@ struct Plan {
   const int64_t *positions_q, *positions_k;  // of one sample after the other, or the same for all of them
   bool shared_positions_q, shared_positions_k;
   const T *slopes, *sinks;    // or null
-  const uint8_t* shown;       // [B, 64 * panels]: keys that are not padding
+  const uint8_t* shown;       // [B, panels * panel]: keys that are not padding
   const uint8_t* any_shown;   // [B, panels]
   const int64_t* first_shown; // [B]: the first key that is not padding, or the number of keys
   T* packed;                  // [B, Hk, panels] panels, or null: a task packs what it needs
   T* lse;                     // [B, Hq, Tq]
-  T *key_sums, *value_sums;   // [B, Hq, panels * 64, width]: gradients of keys by query head, or null
+  T *key_sums, *value_sums;   // [B, Hq, panels * panel, width]: gradients of keys by query head, or null
   T* sink_sums;               // [B, Hq]
 
   int64_t group() const { return heads / kv_heads; }
+  int64_t area() const { return panel * width; }  // of K or V in a panel
   const int64_t* queries_at(int64_t b) const { return positions_q + (shared_positions_q ? 0 : b * queries); }
   const int64_t* keys_at(int64_t b) const { return positions_k + (shared_positions_k ? 0 : b * keys); }
   T* packed_at(int64_t b, int64_t kv_head, int64_t panel, bool backward) const {
-    return packed + ((b * kv_heads + kv_head) * panels + panel) * Panel<T>::size(width, backward);
+    return packed + ((b * kv_heads + kv_head) * panels + panel) * Panel<T>::size(area(), backward);
   }
   // The last key that query i of sample b may see by index, or -1 where all of those are padding.
   int64_t last_key(int64_t b, int64_t i) const {
@@ -89,7 +97,7 @@ struct Plan {
   }
 };
 
-// Room of one thread.
+// Room of one thread. All but `keys` and `values`, which grow with the context, is a few rows.
 template <class T>
 struct Scratch {
   Buffer<T> queries, results, scores, grads, grad_queries, panel, rows, keys, values;

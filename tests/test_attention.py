@@ -296,6 +296,22 @@ def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
         alibi_attention(**(inputs() | change))
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.7])
+@pytest.mark.parametrize("slopes", [None, alibi_slopes(HEADS)], ids=["plain", "slopes"])
+@pytest.mark.parametrize(("queries", "causal"), [(1, True), (KEYS, True), (KEYS, False)])
+def test_a_scale_need_not_be_positive(scale: float, slopes: Tensor | None, queries: int, causal: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, HEADS, DIM, generator=generator) for n in (queries, KEYS, KEYS))
+    results = []
+    for backend in ("auto", "reference"):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        with kernels.use_backend(backend):
+            positions = torch.arange(KEYS)
+            out = alibi_attention(*leaves, positions[-queries:], positions, slopes, causal=causal, scale=scale)
+        results.append((out, *torch.autograd.grad(out.sin().sum(), leaves)))
+    torch.testing.assert_close(results[0], results[1])
+
+
 def test_more_queries_than_keys_cannot_be_causal() -> None:
     q, kv = torch.zeros(1, 4, 1, 2), torch.zeros(1, 3, 1, 2)
     with pytest.raises(ValueError, match="q must not be longer than k when causal: got 4 queries and 3 keys"):

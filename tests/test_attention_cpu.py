@@ -299,6 +299,96 @@ def test_a_key_out_of_reach_of_the_bias_weighs_nothing_and_its_nan_shows(run: Im
         assert largest(result - expected) <= 1e-5 * max(1.0, largest(expected))
 
 
+def agrees_with_the_reference(run: Implementation, c: Case) -> list[Tensor]:
+    """The results, each NaN and infinite exactly where the reference is."""
+    results = run(c)
+    for part, result, expected in zip("olqkvs", results, REFERENCE(c), strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5, equal_nan=True, msg=lambda m, p=part: p + m)
+    return results
+
+
+@everywhere
+@pytest.mark.parametrize("sinks", [None, "finite", "-inf"])
+@pytest.mark.parametrize("slopes", [True, False])
+def test_a_query_whose_every_logit_overflows_is_zero(run: Implementation, sinks: str | None, slopes: bool) -> None:
+    c = case(70, 90, sinks=sinks is not None, slopes=slopes).to(torch.float32)
+    if sinks == "-inf":
+        c = c._replace(rest=c.rest._replace(sinks=torch.full((4,), -math.inf)))
+    large = torch.where(torch.arange(70)[:, None, None] % 3 == 0, 1e20, 1e-20)
+    c = c._replace(q=c.q.abs() * large, k=-c.k.abs() * 1e20)
+    out, lse, grad_q, *_ = run(c)
+    assert (out[:, ::3] == 0).all()
+    assert (grad_q[:, ::3] == 0).all()
+    assert sinks == "finite" or (lse[:, :, ::3] == -math.inf).all()
+    assert out[0, 1::3].any()
+    truth = REFERENCE(c)
+    for result, expected in zip(run(c), truth, strict=True):
+        assert torch.equal(result.isnan(), expected.isnan())
+        assert not result.isnan().any()
+        assert largest(result[result.isfinite()] - expected[result.isfinite()]) <= 1e-4 * max(1.0, largest(expected))
+
+
+@everywhere
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_sink_that_is_not_finite(run: Implementation, value: float) -> None:
+    """+inf and NaN spoil the rows of their head that see a key, and no other; -inf is no sink at all."""
+    c = case(70, 90).to(torch.float32)
+    assert c.rest.sinks is not None
+    sinks = c.rest.sinks.clone()
+    sinks[1] = value
+    out, *_ = agrees_with_the_reference(run, c._replace(rest=c.rest._replace(sinks=sinks)))
+    assert not out[:, :, [0, 2, 3]].isnan().any()
+    assert out[0, :, 1].isnan().any() == (value != -math.inf)
+
+
+@everywhere
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, -1e38])
+def test_no_slope_brings_padding_back(run: Implementation, value: float) -> None:
+    """Nor at a distance of 0, where the bias is NaN; a key that is seen there shows."""
+    c = case(70, 90, batch=1).to(torch.float32)
+    slopes = alibi_slopes(4)
+    slopes[2] = value
+    rest = c.rest._replace(slopes=slopes, positions_q=torch.arange(20, 90), positions_k=torch.arange(90))
+    seen = torch.arange(90)[None] % 7 == 0
+    results = agrees_with_the_reference(run, c._replace(rest=rest._replace(mask=seen)))
+    hidden = (~seen)[:, :, None, None]
+    assert all((grad.masked_select(hidden) == 0).all() for grad in results[3:5])
+    if value == math.inf:
+        assert torch.equal(results[0][0, :, 2, 0].isnan(), seen[0, 20:])
+
+
+@everywhere
+def test_a_scale_of_zero_lets_a_nan_through(run: Implementation) -> None:
+    c = case(70, 90, mask=False, sinks=False).to(torch.float32)
+    c.q[0, 10, 1, 2] = math.nan
+    out, *_ = run(c._replace(rest=c.rest._replace(scale=0.0)))
+    assert torch.equal(out.isnan().any(-1).nonzero(), torch.tensor([[0, 10, 1]]))
+
+
+@everywhere
+def test_differences_of_positions_wrap_as_integers_do(run: Implementation) -> None:
+    """Beyond (-2^62, 2^62): what a difference is then is of no use, but it is the same everywhere."""
+    c = case(70, 90, mask=False, sinks=False).to(torch.float32)
+    ends = torch.tensor([2**63 - 1, -(2**63), 0, -(2**62), 5])
+    rest = c.rest._replace(positions_q=ends[torch.arange(70) % 5], positions_k=ends[torch.arange(90) % 3])
+    out, lse, *_ = REFERENCE(c._replace(rest=rest))
+    torch.testing.assert_close(run(c._replace(rest=rest))[:2], [out, lse])
+
+
+@everywhere
+@pytest.mark.parametrize("keys", [1, 8, 15, 16, 17, 33, 48, 49, 64, 65])
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_many_short_samples(run: Implementation, keys: int, kv_heads: int) -> None:
+    """Fewer keys than are packed together, whole vectors of them or not."""
+    c = case(keys, keys, batch=3, kv_heads=kv_heads, dim=17)
+    truth = REFERENCE(c)
+    for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 3e-6)):
+        for result, expected in zip(run(c.to(dtype)), truth, strict=True):
+            finite = expected.isfinite()
+            assert torch.equal(result[~finite].double(), expected[~finite])
+            assert largest((result - expected)[finite]) <= tolerance * max(1.0, largest(expected))
+
+
 @pytest.mark.skipif(not BUILT, reason="the C++ extension was not built")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_operator_is_well_formed(dtype: torch.dtype) -> None:
@@ -331,6 +421,25 @@ def test_wrong_shapes_are_refused_and_not_read(change: dict[str, Tensor]) -> Non
     arguments = {"q": c.q, "k": c.k, "v": c.v} | c.rest._asdict() | change
     with pytest.raises(RuntimeError, match="alibi_attention"):
         torch.ops.megactx.alibi_attention(*arguments.values())
+
+
+@pytest.mark.skipif(not BUILT, reason="the C++ extension was not built")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_backward_pass_reads_only_what_the_forward_pass_returned(dtype: torch.dtype) -> None:
+    c = case(3, 5).to(dtype)
+    out, lse = OPERATOR.forward(*c[:3], *c.rest)
+    other = torch.float32 if dtype == torch.float64 else torch.float64
+    wrong: dict[str, list[Tensor]] = {
+        "lse": [lse.to(x) for x in (other, torch.float16, torch.bfloat16, torch.int8, torch.bool)],
+        "out": [out[:1], out[..., :-1], out[0], out.to(torch.float16)],
+        "grad_out": [c.upstream[:, :2], c.upstream.transpose(1, 2), c.upstream.to(torch.float16)],
+    }
+    wrong["lse"] += [lse.transpose(1, 2), lse.reshape(1, 1, -1), lse.reshape(1, -1), lse[:1], lse[:, :, :-1]]
+    for name, tensors in wrong.items():
+        for x in tensors:
+            given = {"grad_out": c.upstream, "q": c.q, "k": c.k, "v": c.v, "out": out, "lse": lse, name: x}
+            with pytest.raises(RuntimeError, match=f"alibi_attention: {name} "):
+                OPERATOR.backward(*given.values(), *c.rest)
 
 
 class Largest(TorchDispatchMode):
@@ -441,3 +550,31 @@ def test_compiled_is_eager_in_one_graph_and_autocast_changes_nothing(slopes: Ten
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(attend(*c[:3]), results[0][0])
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("slopes", [None, alibi_slopes(4)], ids=["torch", "ours"])
+@pytest.mark.parametrize(
+    ("kv_heads", "lengths"),
+    [
+        (4, [(9, 9), (17, 17), (33, 33), (1, 1)]),
+        (2, [(9, 9), (17, 17), (33, 33)]),
+        (2, [(1, 9), (1, 17), (1, 33)]),
+        (4, [(9, 9), (3, 12), (4, 16), (1, 20), (40, 40)]),
+    ],
+    ids=["same length", "grouped", "decode", "mixed"],
+)
+def test_lengths_may_be_dynamic(
+    dynamic: bool | None, slopes: Tensor | None, kv_heads: int, lengths: list[tuple[int, int]]
+) -> None:
+    """One graph each, also once a compiler takes lengths for symbols."""
+    torch.compiler.reset()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, positions_q: Tensor, positions_k: Tensor) -> Tensor:
+        return alibi_attention(q, k, v, positions_q, positions_k, slopes)
+
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for queries, keys in lengths:
+        c = case(queries, keys, kv_heads=kv_heads).to(torch.float32)
+        arguments = (*c[:3], torch.arange(keys - queries, keys), torch.arange(keys))
+        torch.testing.assert_close(compiled(*arguments), attend(*arguments))

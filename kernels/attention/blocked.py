@@ -44,16 +44,16 @@ def alibi_attention(
             scores = row.scores(start, stop)
             keys = scores.shape[-1]
             p = torch.softmax(scores, -1)
+            top = scores.amax(-1, True) if keys else scores.new_full((*scores.shape[:2], 1), -torch.inf)
+            dark = top == -torch.inf  # nothing to see, or every logit overflowed
             # The largest weight is 1 / sum(exp(s - s_max)): the logarithm of the sum without another pass of exp.
-            own = (scores.amax(-1, True) - p.amax(-1, True).log()) if keys else scores.sum(-1, True)
-            own = row.emptied(own, start, stop, -torch.inf)
-            result = row.ungrouped(torch.bmm(row.grouped(p), row.v[:, :keys]))
-            if sinks is None:
-                total = own
-            else:
-                total = torch.logaddexp(own, sinks.to(own.dtype)[:, None, None])
-                # exp(-inf - -inf) only where a row is empty, and that is emptied below.
-                result = result * (own - total).exp()
+            own = torch.where(dark, top, top - p.amax(-1, True).log()) if keys else top
+            result = row.ungrouped(torch.bmm(row.grouped(p), row.v[:, :keys])).masked_fill(dark, 0.0)
+            total = own
+            if sinks is not None:
+                sink = sinks.to(own.dtype)[:, None, None]
+                total = torch.logaddexp(own, sink.masked_fill(sink == torch.inf, torch.nan))
+                result = result * (own - _filled(total)).exp()
             out[b, start:stop] = row.emptied(result, start, stop, 0.0).transpose(0, 1)
             lse[b, :, start:stop] = total.squeeze(-1)
     return out, lse
@@ -84,8 +84,9 @@ def alibi_attention_backward(
         for start, stop in row.blocks(block):
             scores = row.scores(start, stop)
             keys = scores.shape[-1]
-            row_lse = lse[b, :, start:stop, None]
+            row_lse = _filled(lse[b, :, start:stop, None])
             p = scores.sub_(row.emptied(row_lse, start, stop, 0.0)).exp_()
+            row.hide_later_(p, 0.0)  # in a row that is NaN they are not zero yet
             d_out = row.grouped(row.queries(grad_out[b], start, stop))
             d_p = row.ungrouped(torch.bmm(d_out, row.v[:, :keys].mT))
             row.hide_later_(d_p, 0.0)
@@ -93,25 +94,32 @@ def alibi_attention_backward(
             if sinks is not None:
                 sink = (sinks.to(lse.dtype)[:, None, None] - row_lse).exp()
                 grad_sinks -= row.emptied(sink * delta, start, stop, 0.0).sum((1, 2))
-            d_s = row.grouped(d_p.sub_(delta).mul_(p))
+            d_s = row.grouped(row.hide_later_(d_p.sub_(delta).mul_(p), 0.0))
             sum_v[:, :keys].baddbmm_(row.grouped(p).mT, d_out)
-            sum_k[:, :keys].baddbmm_(d_s.mT, row.grouped(row.queries(q[b], start, stop)), alpha=scale)
+            sum_k[:, :keys].baddbmm_(d_s.mT, row.grouped(row.queries(q[b], start, stop)) * scale)
             grad_q[b, start:stop] = row.ungrouped(torch.bmm(d_s, row.k[:, :keys])).mul_(scale).transpose(0, 1)
-        grad_k[b], grad_v[b] = sum_k.transpose(0, 1), sum_v.transpose(0, 1)
+        grad_k[b], grad_v[b] = (row.shown_only(x).transpose(0, 1) for x in (sum_k, sum_v))
     return grad_q, grad_k, grad_v, grad_sinks if sinks is None else grad_sinks.to(sinks.dtype)
+
+
+def _filled(logarithm: Tensor) -> Tensor:
+    """With 0 for the -inf of a query without a logit above it, since -inf - -inf is NaN."""
+    return logarithm.masked_fill(logarithm == -torch.inf, 0.0)
 
 
 @dataclass
 class _Row:
     """One sample: its keys by head in the dtype of the arithmetic, and what its queries may see.
 
-    A key that is padding is zero and has a score of -inf; one that is not finite is zero and has a score of NaN.
+    A key that is padding is zero and has a score of -inf, whatever its bias; one that is not finite is zero and has a
+    score of NaN.
     """
 
     q: Tensor  # [Tq, Hq, D], as it came
     k: Tensor  # [Hk, Tk, D]
     v: Tensor
-    offsets: Tensor  # [Hk, 1, Tk]: 0, -inf or NaN, added to the scores
+    offsets: Tensor  # [Hk, 1, Tk]: 0 or NaN, added to the scores
+    hidden: Tensor | None  # [Tk]: keys that are padding
     positions_q: Tensor
     positions_k: Tensor
     slopes: Tensor | None  # [Hq, 1, 1]
@@ -134,12 +142,12 @@ class _Row:
         scale: float,
     ) -> _Row:
         dtype, queries, keys = compute_dtype(q.dtype), q.shape[1], k.shape[1]
-        own_k, own_v, blind = k[b].to(dtype), v[b].to(dtype), None
+        own_k, own_v, hidden, blind = k[b].to(dtype), v[b].to(dtype), None, None
         offsets = (own_k * 0).sum(-1) + (own_v * 0).sum(-1)  # 0, or NaN where one channel is not finite
         if key_padding_mask is not None and keys:
             shown = key_padding_mask[b]
             own_k, own_v = (torch.where(shown[:, None, None], x, 0.0) for x in (own_k, own_v))
-            offsets = torch.where(shown[:, None], offsets, -torch.inf)
+            hidden = ~shown
             dark = ~shown.cummax(0).values  # no key up to this one may be seen
             blind = dark[keys - queries :] if causal else dark[-1:].expand(queries)
         return cls(
@@ -147,6 +155,7 @@ class _Row:
             own_k.nan_to_num(0.0, 0.0, 0.0).transpose(0, 1).contiguous(),
             own_v.nan_to_num(0.0, 0.0, 0.0).transpose(0, 1).contiguous(),
             offsets.t()[:, None],
+            hidden,
             (positions_q[b] if positions_q.ndim == 2 else positions_q).long(),
             (positions_k[b] if positions_k.ndim == 2 else positions_k).long(),
             None if slopes is None else slopes.to(dtype)[:, None, None],
@@ -165,11 +174,13 @@ class _Row:
     def scores(self, start: int, stop: int) -> Tensor:
         """Logits [Hq, block, keys] for the keys that some query of the block may see by index."""
         keys = self.k.shape[1] if self.shift is None else stop + self.shift
-        x = self.grouped(self.queries(self.q, start, stop))
-        scores = self.ungrouped(torch.baddbmm(self.offsets[..., :keys], x, self.k[:, :keys].mT, alpha=self.scale))
+        x = self.grouped(self.queries(self.q, start, stop)) * self.scale  # as `alpha` a scale of 0 would drop a NaN
+        scores = self.ungrouped(torch.baddbmm(self.offsets[..., :keys], x, self.k[:, :keys].mT))
         if self.slopes is not None:
             distance = (self.positions_q[start:stop, None] - self.positions_k[None, :keys]).abs().to(scores.dtype)
             scores.addcmul_(self.slopes, distance, value=-1.0)
+        if self.hidden is not None:  # last, since an infinite slope times a distance of 0 is NaN
+            scores.masked_fill_(self.hidden[:keys], -torch.inf)
         return self.hide_later_(scores, -torch.inf)
 
     def hide_later_(self, x: Tensor, value: float) -> Tensor:
@@ -178,6 +189,10 @@ class _Row:
             corner = x[..., x.shape[-1] - x.shape[-2] :]
             corner.masked_fill_(torch.ones(corner.shape[-2:], dtype=torch.bool, device=x.device).triu(1), value)
         return x
+
+    def shown_only(self, x: Tensor) -> Tensor:
+        """x [Hk, Tk, D] with zeros for the keys that are padding."""
+        return x if self.hidden is None else x.masked_fill(self.hidden[:, None], 0.0)
 
     def emptied(self, x: Tensor, start: int, stop: int, value: float) -> Tensor:
         """x [H, block, ...] with `value` for the queries that see no key."""

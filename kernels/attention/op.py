@@ -68,7 +68,12 @@ def alibi_attention(
     causal queries that are fewer than the keys and more than one.  That one does not contain what is not finite in a
     later key: its CPU kernel multiplies it by a weight of 0, so that a NaN in `v` makes the output NaN for every
     query that meets the same block of keys, and one in `k` or `v` reaches the gradients.  A named backend has the
-    guarantee.
+    guarantee.  What that one says where it has no second derivative or no forward mode is PyTorch's own too; the
+    backend `reference` has second derivatives.
+
+    The backward pass has the logarithm of each softmax's denominator as one number in the dtype of the arithmetic.
+    Where every key in sight is so far that slope times distance is about 10^6 or more, in float32, what the sum adds to
+    the largest score is lost in it, and the gradients of that query are coarse; the output is not.
     """
     check_attention_inputs(q, k, v)
     check_bool("causal", causal)
@@ -91,18 +96,25 @@ def alibi_attention(
         check_like("key_padding_mask", key_padding_mask, "q", q, dtype=False)
     scale = checked_scale(scale, head_dim)
     plain = slopes is None and sinks is None and key_padding_mask is None
-    aligned = not causal or queries in (1, keys)  # PyTorch's causality counts from the first key, ours from the last
-    if plain and aligned and _library.chosen() == "auto":
-        return _torch_attention(q, k, v, causal and queries == keys, scale)
+    # Conditions on lengths come last: a compiler guards on what is evaluated.
+    if plain and _library.chosen() == "auto" and _torch_can(causal, queries, keys, scale):
+        return _torch_attention(q, k, v, causal, scale)
     out, _ = _ALIBI(q, k, v, positions_q, positions_k, slopes, sinks, causal, key_padding_mask, scale)
     return out
+
+
+def _torch_can(causal: bool, queries: int, keys: int, scale: float) -> bool:
+    """Whether PyTorch's causality is ours: it counts from the first key, and multiplies -inf by a `scale` <= 0."""
+    return not causal or queries == 1 or (scale > 0 and queries == keys)
 
 
 @without_autocast
 def _torch_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
     """PyTorch's own attention, for what has neither a bias nor a sink nor padding."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    grouped = q.shape[1] != k.shape[1]
+    # Under a compiler a comparison of lengths is a symbol, and neither argument takes one.
+    causal = True if causal and q.shape[2] == k.shape[2] else False  # noqa: SIM210
+    grouped = True if q.shape[1] != k.shape[1] else False  # noqa: SIM210
     out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2).contiguous()
 

@@ -8,6 +8,9 @@ touches no other row, be it or the gradient that arrives for it NaN: it enters e
 query may not see cannot touch it, be it NaN: products with it are formed from a copy in which what is not finite is
 zero, since 0 * NaN is NaN, and what overflows is dropped before it meets a zero.  A key that a query does see and that
 is not finite shows: that output row is NaN.
+
+At the ends of the number line: a query whose every logit overflowed to -inf gives exactly zero too, with an lse of
+-inf.  A sink of +inf, like one of NaN, makes every row that sees a key NaN.
 """
 
 from __future__ import annotations
@@ -123,11 +126,12 @@ def masked_attention_backward(
     k, v, finite = _finite_keys(k, v)
     q, grad_out = _seeing(q, allowed), _seeing(grad_out, allowed)
     scores = _scores(q, k, bias, allowed, finite, scale)
-    p = (scores - _filled(lse)[..., None]).exp()
+    # Zero for what is not allowed, even in a row that is NaN: a hidden key has no part in it.
+    p = torch.where(allowed, (scores - _filled(lse)[..., None]).exp(), 0.0)
     d_out = _to_heads(grad_out, heads).to(dtype)
     d_p = torch.where(allowed, d_out @ _to_heads(v, heads).to(dtype).transpose(-1, -2), 0.0)
     delta = (p * d_p).sum(-1, keepdim=True)
-    d_s = p * (d_p - delta) * scale
+    d_s = torch.where(allowed, p * (d_p - delta) * scale, 0.0)
     grad_q = _from_heads(d_s @ _to_heads(k, heads).to(dtype))
     grad_k = _from_heads(_sum_groups(d_s.transpose(-1, -2) @ _to_heads(q, heads).to(dtype), kv_heads))
     grad_v = _from_heads(_sum_groups(p.transpose(-1, -2) @ d_out, kv_heads))
@@ -155,7 +159,7 @@ def _seeing(x: Tensor, allowed: Tensor) -> Tensor:
 
 
 def _filled(logarithm: Tensor) -> Tensor:
-    """With 0 for the -inf of a query that sees nothing, since -inf - -inf is NaN."""
+    """With 0 for the -inf of a query that sees nothing, or no logit above -inf, since -inf - -inf is NaN."""
     return torch.where(logarithm == -torch.inf, 0.0, logarithm)
 
 
