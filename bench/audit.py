@@ -5,7 +5,8 @@
 For each configuration that the package ships: registers, shared memory, how many blocks of it fit on a multiprocessor
 and the share of its warps they fill, and counts of the instructions that tell how it was compiled. Ends in exit code 1
 where a kernel breaks a rule: it spills or touches local memory, asks for more than 101,376 bytes of shared memory,
-needs more registers than a multiprocessor has, or lacks matrix instructions where its products should be some.
+needs more registers than a multiprocessor has, lacks matrix instructions where its products should be some, or waits
+for most of them one by one.
 """
 
 from __future__ import annotations
@@ -38,7 +39,11 @@ from megactx.kernels._tune import ARCHITECTURES, SHARED_LIMIT, Variant
 FAMILIES = ("rotary", "attention")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MATRIX = ("HMMA", "HGMMA", "IMMA", "QGMMA")
-COUNTED = (*MATRIX, "MUFU.EX2", "MUFU.SIN", "MUFU.COS", "LDG", "STG", "LDGSTS", "LDSM", "BAR")
+# Matrix instructions of sm_90 run beside the rest, but the compiler has each waited for where it cannot tell what they
+# share; then it says so, by a barrier that the instruction itself names.
+SERIALISED = "HGMMA waited for"
+MOST_SERIALISED = 0.6
+COUNTED = (*MATRIX, SERIALISED, "I2F.S64", "MUFU.EX2", "MUFU.SIN", "MUFU.COS", "LDG", "STG", "LDGSTS", "LDSM", "BAR")
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,9 @@ def audit(variant: Variant, arch: int) -> Audit:
         usage, sass = tool("cuobjdump", "-res-usage", cubin), tool("nvdisasm", "-c", cubin)
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     opcodes = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(MUFU\.\w+|[A-Z][A-Z0-9_]*)", sass))
+    total = sum(opcodes.values())
+    opcodes[SERIALISED] = len(re.findall(r"\bHGMMA\b.*\bgsb0\b", sass))
+    opcodes["I2F.S64"] = len(re.findall(r"\bI2F\b\S*\.S64\b", sass))
     local = found["STACK"] + found["LOCAL"]
     shared, registers = int(kernel.metadata.shared), found["REG"]
     blocks = resident(LIMITS[arch], variant.num_warps, registers, shared)
@@ -114,9 +122,10 @@ def audit(variant: Variant, arch: int) -> Audit:
         faults.append(f"{registers} registers for {variant.num_warps} warps do not fit a multiprocessor")
     if variant.matrix and not any(opcodes[name] for name in MATRIX):
         faults.append("no matrix instructions")
+    if opcodes[SERIALISED] > MOST_SERIALISED * opcodes["HGMMA"]:
+        faults.append(f"{opcodes[SERIALISED]} of {opcodes['HGMMA']} matrix instructions are waited for one by one")
     counts = {name: opcodes[name] for name in COUNTED if opcodes[name]}
     share = blocks * variant.num_warps / LIMITS[arch].warps
-    total = sum(opcodes.values())
     return Audit(variant.name, arch, variant.num_warps, registers, shared, local, blocks, share, total, counts, faults)
 
 

@@ -116,6 +116,25 @@ def attention(path: Path) -> str:
     return f"`python bench/attention.py`.\n\n{table(head, rows)}\n{reasons}{caption}\n"
 
 
+def audit(path: Path) -> str:
+    """Per kernel the range over its configurations, architecture by architecture."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    facts, results = data["provenance"], data["results"]
+    groups: dict[tuple[str, int], list[Any]] = {}
+    for row in results:
+        groups.setdefault((row["kernel"].split()[0], row["arch"]), []).append(row)
+    rows = []
+    for (kernel, arch), found in sorted(groups.items()):
+        registers, occupancy = [row["registers"] for row in found], [row["occupancy"] for row in found]
+        cells = [f"{min(registers)} to {max(registers)}", f"{max(row['shared'] for row in found):,}"]
+        cells.append(f"{100 * min(occupancy):.0f} to {100 * max(occupancy):.0f} %")
+        cells.append(str(max(row["local"] for row in found)))
+        rows.append([f"{kernel}, sm_{arch}", str(len(found)), *cells])
+    head = ["kernel", "configurations", "registers", "shared memory up to, bytes", "occupancy", "spilled bytes"]
+    where = f"`{path.relative_to(ROOT)}`: compiled without a GPU by triton {facts['triton']}, commit {facts['commit']}"
+    return f"`python bench/audit.py` (which prints every configuration).\n\n{table(head, rows)}\n{where}\n"
+
+
 def _timed(results: Any, names: tuple[str, ...]) -> list[str]:
     """Those of the providers that ran somewhere, in order."""
     return [name for name in names if any(name in row["seconds"] for row in results)]
@@ -152,6 +171,7 @@ DRAWN = {
     "sampling": sampling,
     "sampling_op": sampling_op,
     "training": training,
+    "audit": audit,
 }
 
 

@@ -221,6 +221,16 @@ def test_strides_and_integer_types() -> None:
     assert torch.equal(run(a | repeated)[0], expected[0])
 
 
+@pytest.mark.parametrize("sink", [math.nan, math.inf])
+@pytest.mark.parametrize("queries", [20, 3])
+@pytest.mark.usefixtures("small_tiles")
+def test_a_query_that_sees_nothing_is_zero_whatever_its_sink_is(queries: int, sink: float) -> None:
+    a = inputs(1, queries, 36, padding=True) | {"sinks": torch.tensor([sink, 0.5], device=DEVICE)}
+    out = run(a)[0]
+    assert (out[0, :2] == 0).all()
+    assert torch.equal(torch.isnan(out), torch.isnan(run(a, "reference")[0]))
+
+
 @pytest.mark.parametrize("sinks", [None, 0.5, -math.inf])
 @pytest.mark.parametrize("queries", [20, 3])
 @pytest.mark.usefixtures("small_tiles")
@@ -278,6 +288,44 @@ def test_a_visible_nan_shows(queries: int, name: str, key: int) -> None:
     sees = (torch.arange(queries) + 36 - queries >= key).to(DEVICE)
     for result in run(a)[:2]:
         assert torch.equal(torch.isnan(result)[0, :, 0], sees[:, None].expand(-1, 16))
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_a_query_that_is_nan_shows_in_the_values_it_sees_alone() -> None:
+    a = inputs(1, 36, 36, 1)
+    clean = run(a)[3]
+    a["q"] = a["q"].clone()
+    a["q"][0, 20, :, 3] = math.nan
+    grad_v = run(a)[3]
+    assert torch.isnan(grad_v[:, :21]).all()
+    assert torch.equal(grad_v[:, 21:], clean[:, 21:])
+
+
+@pytest.mark.parametrize("shift", [10**9 + 7, 3_141_592_653, 10**15 + 1])
+@pytest.mark.usefixtures("small_tiles")
+def test_weights_stay_below_one_where_all_keys_are_far_away(shift: int) -> None:
+    """There the logits are so large that the float32 logsumexp of a row is off by more than 1."""
+    a = inputs(1, 36, 36, 2, 2) | {"causal": False, "slopes": torch.tensor([1.0, 0.37], device=DEVICE)}
+    a["positions_q"] = a["positions_q"] + shift
+    upstream = torch.randn_like(a["q"])
+    grad_v = run(a, upstream=upstream)[3]
+    assert (grad_v.abs() <= 1.0001 * upstream.abs().sum(1, keepdim=True)).all()
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_what_is_read_as_it_lies_gives_the_bits_of_a_copy() -> None:
+    """Heads cut out of a joint projection, keys out of a longer cache, and strides that no wide load takes."""
+    a = inputs(2, 20, 36)
+    expected = run(a)
+    g = torch.Generator().manual_seed(0)
+    for spare in (16, 5):
+        other = dict(a)
+        for name in NAMES:
+            batch, length, heads, dim = a[name].shape
+            room = torch.randn(batch, length + 3, heads, dim + spare, generator=g).to(DEVICE)
+            other[name] = room[:, :length, :, :dim].copy_(a[name])
+            assert not other[name].is_contiguous()
+        assert all(torch.equal(x, y) for x, y in zip(run(other), expected, strict=True))
 
 
 @pytest.mark.parametrize(("queries", "heads", "kv_heads"), [(1, 2, 1), (2, 2, 2), (5, 4, 1), (16, 2, 1)])

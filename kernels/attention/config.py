@@ -24,11 +24,14 @@ class Tiles:
     """A kernel over tiles of BLOCK_M queries and BLOCK_N keys.
 
     Where a tile is crossed by the causal boundary, the side its program walks along comes in steps of BLOCK_EDGE.
+    There the loads of a step run EDGE_STAGES - 1 steps ahead (by queries: the gradients of keys pipeline both alike).
+    One stage keeps that loop simple: with more, sm_90 waits for each matrix instruction of the whole kernel in turn.
     """
 
     block_m: int
     block_n: int
     block_edge: int
+    edge_stages: int
     num_warps: int
     num_stages: int
 

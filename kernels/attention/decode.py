@@ -12,7 +12,9 @@ from .forward import attend, softmax_start
 from .tiles import LN2, LOG2E, LOWEST, load_positions, load_tile, spread_out, store_tile
 
 
-@triton.jit(do_not_specialize=["kv_heads_in_batch", "queries", "keys", "splits"])
+@triton.jit(
+    do_not_specialize=["kv_heads_in_batch", "queries", "keys", "splits", "stride_pqb", "stride_pkb", "stride_mb"]
+)
 def decode_kernel(
     q_ptr,
     k_ptr,
@@ -92,7 +94,7 @@ def decode_kernel(
     common = begin + tl.maximum(common - begin, 0) // BLOCK_N * BLOCK_N
     if slopes_ptr is not None:
         common = tl.where(spread_out(positions_q), begin, common)
-    state = softmax_start(None, 0, BLOCK_M, BLOCK_D)  # the sinks come in once, at the end
+    state = softmax_start(BLOCK_M, BLOCK_D)
     for masked in tl.static_range(2):
         state = attend(
             state,
@@ -107,6 +109,7 @@ def decode_kernel(
             CAUSAL,
             HEAD_DIM,
             BLOCK_N,
+            None,
             BLOCK_D,
             UPCAST,
         )
@@ -146,12 +149,7 @@ def combine_kernel(
     for first in tl.range(0, splits, BLOCK_S):
         index = first + chunks
         largest = tl.maximum(largest, tl.load(largest_ptr + row * splits + index, mask=index < splits, other=LOWEST))
-    top = tl.max(largest)
-    weight = 0.0
-    if sinks_ptr is not None:
-        sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
-        top = tl.maximum(top, sink)
-        weight = tl.exp2(sink - top)
+    top, weight = tl.max(largest), 0.0
     total = tl.zeros([BLOCK_D], tl.float32)
     for first in tl.range(0, splits, BLOCK_S):
         slot, exists = row * splits + first + chunks, first + chunks < splits
@@ -159,8 +157,14 @@ def combine_kernel(
         weight += tl.sum(share * tl.load(weights_ptr + slot, mask=exists, other=0.0))
         offsets = slot[:, None] * HEAD_DIM + dims[None, :]
         total += tl.sum(share[:, None] * load_tile(totals_ptr, offsets, exists, True, HEAD_DIM, BLOCK_D), axis=0)
-    weight += tl.sum(total * 0.0)  # as in `softmax_end`
-    out = total / tl.where(weight == 0.0, 1.0, weight)
+    weight += tl.sum(total * 0.0)  # from here on as in `softmax_end`
+    nothing, share = weight == 0.0, 1.0
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
+        largest_chunk, top = top, tl.maximum(top, sink)
+        share = tl.exp2(largest_chunk - top)
+        weight = weight * share + tl.exp2(sink - top)
+    out = total * tl.where(nothing, 0.0, share / weight)
     start = ((batch * queries + query) * heads + head) * HEAD_DIM
     tl.store(out_ptr + start + dims, out.to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
     tl.store(lse_ptr + (batch * heads + head) * queries + query, (top + tl.log2(weight)) * LN2)

@@ -37,10 +37,13 @@ def attend(
     CAUSAL: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK_D: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Let some rows see the keys [begin, end) of their sample and head, BLOCK_N at a time.
+
+    STAGES is how far its loads run ahead, where not as far as the launch says.
 
     The state is (total [M, D], weight [M], largest [M]): with m the largest logit so far, the sums of exp2(t - m) v and
     of exp2(t - m).  A tile of logits t [M, N] moves m to m' and scales both sums by exp2(m - m').
@@ -59,7 +62,7 @@ def attend(
     columns = tl.arange(0, BLOCK_N)
     offsets_k = tile_offsets(stride_kt, stride_kd, BLOCK_N, BLOCK_D)
     offsets_v = tile_offsets(stride_vt, stride_vd, BLOCK_N, BLOCK_D)
-    for first in tl.range(begin, end, BLOCK_N):
+    for first in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         start = tl.cast(first, tl.int64)
         index = first + columns
         exists = index < keys
@@ -91,28 +94,34 @@ def attend(
 
 
 @triton.jit
-def softmax_start(sinks_ptr, head, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The state of rows that have seen nothing but their sink."""
+def softmax_start(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The state of rows that have seen nothing."""
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     weight = tl.zeros([BLOCK_M], tl.float32)
     largest = tl.full([BLOCK_M], LOWEST, tl.float32)
-    if sinks_ptr is not None:
-        sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
-        largest = tl.maximum(largest, sink)
-        weight = tl.exp2(sink - largest)
     return total, weight, largest
 
 
 @triton.jit
-def softmax_end(state):
-    """(out [M, D], lse [M]) of a state: 0 and -inf where there was nothing, NaN where a value was not finite."""
+def softmax_end(state, sinks_ptr, head):
+    """(out [M, D], lse [M]) of a state: NaN where a value was not finite, 0 where there was nothing.
+
+    The sink comes in here, once: where there was nothing out is 0 even if the sink is not finite, and lse the sink, or
+    -inf without one.
+    """
     total, weight, largest = state
     weight += trace_of_nan(total)
-    out = total / tl.where(weight == 0.0, 1.0, weight)[:, None]
+    nothing, share = weight == 0.0, 1.0
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
+        top = tl.maximum(largest, sink)
+        share = tl.exp2(largest - top)
+        weight, largest = weight * share + tl.exp2(sink - top), top
+    out = total * tl.where(nothing, 0.0, share / weight)[:, None]
     return out, (largest + tl.log2(weight)) * LN2
 
 
-@triton.jit(do_not_specialize=["batch_heads", "queries", "keys"])
+@triton.jit(do_not_specialize=["batch_heads", "queries", "keys", "stride_pqb", "stride_pkb", "stride_mb"])
 def forward_kernel(
     q_ptr,
     k_ptr,
@@ -153,6 +162,7 @@ def forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_EDGE: tl.constexpr,
+    EDGE_STAGES: tl.constexpr,
     BLOCK_D: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -199,7 +209,7 @@ def forward_kernel(
         common = tl.where(spread_out(positions_q), 0, common)
     rows = (q, last_key, positions_q, slope, reference)
     pointers = (k_ptr, v_ptr, positions_k_ptr, mask_ptr)
-    state = softmax_start(sinks_ptr, head, BLOCK_M, BLOCK_D)
+    state = softmax_start(BLOCK_M, BLOCK_D)
     for masked in tl.static_range(2):
         state = attend(
             state,
@@ -214,10 +224,11 @@ def forward_kernel(
             CAUSAL,
             HEAD_DIM,
             BLOCK_EDGE if masked else BLOCK_N,
+            EDGE_STAGES if masked else None,
             BLOCK_D,
             UPCAST,
         )
-    out, lse = softmax_end(state)
+    out, lse = softmax_end(state, sinks_ptr, head)
     stride_ot = heads * HEAD_DIM
     out_ptr += (batch * queries + start) * stride_ot + head * HEAD_DIM
     store_tile(out_ptr, tile_offsets(stride_ot, 1, BLOCK_M, BLOCK_D), out, exists, HEAD_DIM, BLOCK_D)

@@ -14,6 +14,7 @@ from .tiles import (
     add_product,
     digits,
     distance,
+    exponent,
     load_positions,
     load_tile,
     product,
@@ -64,10 +65,10 @@ def add_grad_kv(
             tile_ptr = positions_ptr + start * stride_pt
             positions = load_positions(tile_ptr, columns * stride_pt, exists, reference, True)
             logits -= slope * distance(digits(positions_k, MASKED), digits(positions, MASKED), MASKED)
+        p = tl.exp2(exponent(logits, lse2[None, :]))
         if CAUSAL and MASKED:
             seen = index[:, None] <= (row + (keys - queries))[None, :]
-            logits = tl.where(seen, logits, float("-inf"))
-        p = tl.exp2(logits - lse2[None, :])
+            p = tl.where(seen, p, 0.0)  # a weight, since that of a row which is NaN would be NaN
         grad = load_tile(grad_ptr + start * stride_gt, offsets_g, exists, True, HEAD_DIM, BLOCK_D)
         grad_v = add_product(p, grad, grad_v, UPCAST)
         delta = tl.load(delta_ptr + row, mask=exists, other=0.0)
@@ -97,7 +98,7 @@ def crossing_rows(
     return begin, tl.minimum(end, queries)
 
 
-@triton.jit(do_not_specialize=["batch_heads", "queries", "keys"])
+@triton.jit(do_not_specialize=["batch_heads", "queries", "keys", "stride_pqb", "stride_pkb", "stride_mb"])
 def grad_kv_kernel(
     q_ptr,
     k_ptr,

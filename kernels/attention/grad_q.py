@@ -14,6 +14,7 @@ from .tiles import (
     add_product,
     digits,
     distance,
+    exponent,
     finite_part,
     load_positions,
     load_tile,
@@ -38,10 +39,11 @@ def add_grad_q(
     CAUSAL: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK_D: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Add what the keys [begin, end) send to a tile of rows.  MASKED is that of the forward's `attend`."""
+    """Add what the keys [begin, end) send to a tile of rows.  MASKED and STAGES are those of the forward's `attend`."""
     q, grad, lse2, delta, last_key, positions_q, slope, reference = rows
     k_ptr, v_ptr, positions_ptr, mask_ptr = pointers
     stride_kt, stride_kd, stride_vt, stride_vd, stride_pt, stride_mt = strides
@@ -49,7 +51,7 @@ def add_grad_q(
     columns = tl.arange(0, BLOCK_N)
     offsets_k = tile_offsets(stride_kt, stride_kd, BLOCK_N, BLOCK_D)
     offsets_v = tile_offsets(stride_vt, stride_vd, BLOCK_N, BLOCK_D)
-    for first in tl.range(begin, end, BLOCK_N):
+    for first in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         start = tl.cast(first, tl.int64)
         index = first + columns
         exists = index < keys
@@ -70,7 +72,7 @@ def add_grad_q(
             logits -= slope * distance(digits(positions_q, MASKED), digits(positions, MASKED), MASKED)
         if GUARDED:
             logits = tl.where(seen, logits, float("-inf"))
-        p = tl.exp2(logits - lse2[:, None])
+        p = tl.exp2(exponent(logits, lse2[:, None]))
         grad_s = p * (product(grad, tl.trans(v), UPCAST) - delta[:, None])
         if MASKED:
             grad_s = tl.where(seen, grad_s, 0.0)
@@ -79,7 +81,7 @@ def add_grad_q(
     return grad_q
 
 
-@triton.jit(do_not_specialize=["batch_heads", "queries", "keys"])
+@triton.jit(do_not_specialize=["batch_heads", "queries", "keys", "stride_pqb", "stride_pkb", "stride_mb"])
 def grad_q_kernel(
     q_ptr,
     k_ptr,
@@ -126,6 +128,7 @@ def grad_q_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_EDGE: tl.constexpr,
+    EDGE_STAGES: tl.constexpr,
     BLOCK_D: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -186,6 +189,7 @@ def grad_q_kernel(
             CAUSAL,
             HEAD_DIM,
             BLOCK_EDGE if masked else BLOCK_N,
+            EDGE_STAGES if masked else None,
             BLOCK_D,
             UPCAST,
         )

@@ -95,13 +95,13 @@ def alibi_attention(
     """(out [B, Tq, Hq, D], lse [B, Hq, Tq])."""
     shape = _Shape.of(q, k, key_padding_mask, causal, scale)
     q, k, v, slopes, sinks = _near(q), _near(k), _near(v), _dense(slopes), _dense(sinks)
-    mask = _widened(key_padding_mask)
+    positions_q, positions_k, mask = _integers(positions_q), _integers(positions_k), _widened(key_padding_mask)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = shape.floats(shape.batch, shape.heads, shape.queries)
     if not out.numel():
         return out, lse
     inputs = (q, k, v, positions_q, positions_k, slopes)
-    strides = (*q.stride(), *k.stride(), *v.stride(), *_per_token(positions_q, positions_k, mask))
+    strides = _strides(q, k, v) + _per_token(positions_q, positions_k, mask)
     chunks = config.decode(*shape.which)
     with torch.cuda.device_of(q):
         if config.splits(shape.queries, shape.keys, chunks.chunk) > 1:
@@ -135,6 +135,7 @@ def _forward(
         shape.queries,
         shape.keys,
         shape.scale * _LOG2E,
+        EDGE_STAGES=tiles.edge_stages,
         **_blocks(tiles),
         **shape.constants,
         **shape.upcast,
@@ -154,7 +155,12 @@ def _decode(
     rows, kv_heads = shape.queries * shape.group, shape.batch * shape.kv_heads
     splits = config.splits(shape.queries, shape.keys, chunks.chunk)
     block_m = config.decode_rows(rows, chunks)
-    partial = (shape.floats(kv_heads * rows, splits, shape.head_dim), *shape.floats(2, kv_heads * rows, splits))
+    # Tensors of their own, since a part of one may begin where no 16 bytes do, for which kernels are compiled again.
+    partial = (
+        shape.floats(kv_heads * rows, splits, shape.head_dim),
+        shape.floats(kv_heads * rows, splits),
+        shape.floats(kv_heads * rows, splits),
+    )
     decode_kernel[(_ceil(rows, block_m) * splits * kv_heads,)](
         *inputs,
         mask,
@@ -210,18 +216,16 @@ def alibi_attention_backward(
     """Gradients of q, k, v and the sinks (empty without sinks)."""
     shape = _Shape.of(q, k, key_padding_mask, causal, scale)
     q, k, v, slopes, sinks = _near(q), _near(k), _near(v), _dense(slopes), _dense(sinks)
-    mask = _widened(key_padding_mask)
+    positions_q, positions_k, mask = _integers(positions_q), _integers(positions_k), _widened(key_padding_mask)
     grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    grad_sinks = q.new_empty(0) if sinks is None else torch.zeros_like(sinks)
     if not (q.numel() and k.numel()):
+        grad_sinks = q.new_empty(0) if sinks is None else torch.zeros_like(sinks)
         return grad_q.zero_(), grad_k.zero_(), grad_v.zero_(), grad_sinks
     grad_out = _near(grad_out.to(q.dtype))
-    strides = (*q.stride(), *k.stride(), *v.stride(), *grad_out.stride())
-    strides += _per_token(positions_q, positions_k, mask)
+    strides = _strides(q, k, v, grad_out) + _per_token(positions_q, positions_k, mask)
     with torch.cuda.device_of(q):
         lse2, delta, first_row, sink_sums = _prepare(shape, grad_out, out, lse, sinks, mask)
-        if sinks is not None:
-            grad_sinks = sink_sums.sum(1).to(sinks.dtype)
+        grad_sinks = q.new_empty(0) if sinks is None else sink_sums.sum(1).to(sinks.dtype)
         inputs = (q, k, v, grad_out, lse2, delta)
         rest = (positions_q, positions_k, slopes, mask)
         _grad_kv(shape, (*inputs, first_row, *rest, grad_k, grad_v), strides)
@@ -261,6 +265,7 @@ def _grad_q(shape: _Shape, tensors: tuple[Tensor | None, ...], strides: tuple[in
         shape.keys,
         shape.scale,
         shape.scale * _LOG2E,
+        EDGE_STAGES=tiles.edge_stages,
         **_blocks(tiles),
         **shape.constants,
         **shape.upcast,
@@ -271,23 +276,23 @@ def _prepare(
     shape: _Shape, grad_out: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(lse log2(e), delta, first row that sees a key, partial sums of the sinks' gradient) for the two kernels."""
-    rows = config.prepare(*shape.which)
+    lse, rows = lse.contiguous(), config.prepare(*shape.which)
     tiles = _ceil(shape.queries, rows.block)
-    lse2, delta = shape.floats(2, shape.batch, shape.heads, shape.queries)
+    lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     first_row = torch.empty(shape.batch, dtype=torch.int32, device=shape.device)
     sink_sums = shape.floats(shape.heads, 0 if sinks is None else shape.batch * tiles)
     batch_heads = shape.batch * shape.heads
     prepare_kernel[(tiles * batch_heads,)](
         grad_out,
         out.contiguous(),
-        lse.contiguous(),
+        lse,
         sinks,
         mask,
         lse2,
         delta,
         first_row,
         sink_sums,
-        *grad_out.stride(),
+        *_strides(grad_out),
         *_per_token(mask),
         batch_heads,
         shape.heads,
@@ -313,7 +318,7 @@ def _blocks(tiles: config.Tiles) -> dict[str, int]:
 
 def _widened(mask: Tensor | None) -> Tensor | None:
     """The mask as int32: where Triton finds a load of 8 bits behind a product's operand, it lays it out for 8 bits."""
-    return None if mask is None else mask.to(torch.int32)
+    return None if mask is None else mask.to(torch.int32, memory_format=torch.contiguous_format)
 
 
 def _dense(per_head: Tensor | None) -> Tensor | None:
@@ -322,15 +327,35 @@ def _dense(per_head: Tensor | None) -> Tensor | None:
 
 
 def _near(x: Tensor) -> Tensor:
-    """x, copied where what lies next to each other is so far apart that offsets in a tile would pass 2^31."""
-    return x if all(stride < 1 << 23 for stride in (x.stride(1), x.stride(-1))) else x.contiguous()
+    """x, copied where the kernels would not read it as they are meant to: 16 bytes at a time, at 32-bit offsets.
+
+    That takes dimensions next to each other, and strides that are multiples of 16 (to Triton nothing less counts) where
+    a dense x has them.  Against T^2 a copy costs nothing.
+    """
+    strides = _strides(x)
+    odd = x.shape[-1] % 16 == 0 and any(stride % 16 for stride in strides[:3])
+    return x.contiguous() if odd or x.stride(-1) != 1 or strides[1] >= 1 << 23 else x
+
+
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    """Those of [B, T, H, D] tensors, 0 for a dimension of one, where PyTorch leaves in what happens to be there."""
+    strides: tuple[int, ...] = ()
+    for x in tensors:
+        strides += (*(s if n > 1 else 0 for s, n in zip(x.stride()[:3], x.shape[:3], strict=True)), 1)
+    return strides
+
+
+def _integers(positions: Tensor) -> Tensor:
+    """As int64, next to each other: so few that kernels of their own for all that comes would not pay."""
+    positions = positions.to(torch.int64)
+    return positions if positions.stride(-1) == 1 else positions.contiguous()
 
 
 def _per_token(*tensors: Tensor | None) -> tuple[int, ...]:
-    """The strides by sample and by token of [B, T] or [T] tensors: what all samples share has a stride of 0."""
+    """The strides by sample and by token of dense [B, T] or [T] tensors: what all samples share has a stride of 0."""
     strides: tuple[int, ...] = ()
-    for tensor in tensors:
-        strides += (0, 0) if tensor is None else (0, *tensor.stride())[-2:]
+    for x in tensors:
+        strides += (0, 1) if x is None else (x.stride(0) if x.ndim == 2 and x.shape[0] > 1 else 0, 1)
     return strides
 
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from .tiles import LOG2E, load_tile, tile_offsets
 
 
-@triton.jit(do_not_specialize=["batch_heads", "queries", "keys"])
+@triton.jit(do_not_specialize=["batch_heads", "queries", "keys", "stride_mb"])
 def prepare_kernel(
     grad_ptr,
     out_ptr,

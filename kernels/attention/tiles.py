@@ -88,14 +88,18 @@ def digits(positions, WIDE: tl.constexpr):
     """int64 positions in float32, for `distance`: in base 2^24 where WIDE, from high to low; else rounded, thrice.
 
     Rounding will do where those of the other side are not spread out: below 2^24 it changes nothing, and beyond 2^24 a
-    position is at most twice as large as the distance.
+    position is at most twice as large as the distance.  It goes by halves of 32 bits, since GPUs convert 64 bits at
+    once at an eighth of the rate.  That rounds twice at most: the upper half beyond 2^56 only, where what the lower one
+    loses is nothing, and the lower one, which is then all there is, beyond 2^24.
     """
-    low = positions.to(tl.float32)
+    small = positions.to(tl.int32)
+    upper = ((positions - small.to(tl.int64)) >> 32).to(tl.int32)
+    low = upper.to(tl.float32) * 4294967296.0 + small.to(tl.float32)
     high, middle = low, low
     if WIDE:
-        low = (positions & 0xFFFFFF).to(tl.int32).to(tl.float32)
-        middle = ((positions >> 24) & 0xFFFFFF).to(tl.int32).to(tl.float32)
-        high = (positions >> 48).to(tl.int32).to(tl.float32)
+        low = (positions.to(tl.int32) & 0xFFFFFF).to(tl.float32)
+        middle = ((positions >> 24).to(tl.int32) & 0xFFFFFF).to(tl.float32)
+        high = ((positions >> 32).to(tl.int32) >> 16).to(tl.float32)
     return high, middle, low
 
 
@@ -113,6 +117,15 @@ def distance(a, b, WIDE: tl.constexpr):
         above = (a_high[:, None] - b_high[None, :]) * 16777216.0 + (a_middle[:, None] - b_middle[None, :])
         apart = above * 16777216.0 + apart
     return tl.abs(apart)
+
+
+@triton.jit
+def exponent(logits, lse2):
+    """logits - lse2, at most 0, and NaN where one is: a weight is at most 1.
+
+    Where all keys are so far away that the logits are huge, a float32 logsumexp has no room for what it is above them.
+    """
+    return tl.minimum(logits - lse2, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -33,15 +33,21 @@ _SETTINGS = {
     "causal": _TRAINING | {"slopes": False},
     "causal bias shared": _TRAINING | {"group": 4},
     "bias": _TRAINING | {"CAUSAL": False},
+    "bias padding": _TRAINING | {"CAUSAL": False, "padding": True},
     "causal bias padding sinks shared": _TRAINING | {"padding": True, "sinks": True, "group": 4},
 }
 
 
 def variants(arch: int) -> Iterator[_tune.Variant]:
-    """All dtypes and head dimensions in the usual setting, the other settings at one of them."""
+    """All dtypes and head dimensions in the usual setting, the other settings at some of them.
+
+    Those with padding ask for most registers, and most so where the head dimension is large.
+    """
     for dtype in (torch.bfloat16, torch.float32):
         for head_dim in (16, 32, 64, 128):
             yield from _kernels(arch, dtype, head_dim, "causal bias")
+        for setting in ("bias padding", "causal bias padding sinks shared"):
+            yield from _kernels(arch, dtype, 128, setting)
     for setting in _SETTINGS:
         yield from _kernels(arch, torch.float16, 64, setting)
     yield from _kernels(arch, torch.bfloat16, 96, "causal bias padding sinks shared")
@@ -56,7 +62,7 @@ def _kernels(arch: int, dtype: torch.dtype, head_dim: int, setting: str) -> Iter
     for name, kernel in (("forward", forward_kernel), ("grad_kv", grad_kv_kernel), ("grad_q", grad_q_kernel)):
         tiles: config.Tiles = getattr(config, name)(*which)
         blocks = {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_EDGE": tiles.block_edge}
-        blocks["GROUP"] = given["group"]
+        blocks |= {"EDGE_STAGES": tiles.edge_stages, "GROUP": given["group"]}
         yield _variant(f"attention.{name} {words}", kernel, dtype, given, usual | blocks, tiles)
     chunks = config.decode(*which)
     blocks = {"CHUNK": chunks.chunk, "BLOCK_N": chunks.block_n}
@@ -104,5 +110,5 @@ def _variant(
         chosen.num_warps,
         getattr(chosen, "num_stages", 1),
         matrix=dtype != torch.float32 and "BLOCK_M" in constants and "BLOCK_SCAN" not in constants,
-        aligned=tuple(n for n in signature if n.startswith("stride_")),
+        aligned=tuple(n for n in signature if n.startswith("stride_") and n not in kernel.do_not_specialize),
     )
