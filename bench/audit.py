@@ -36,7 +36,7 @@ from triton.compiler import ASTSource
 
 from megactx.kernels._tune import ARCHITECTURES, SHARED_LIMIT, Variant
 
-FAMILIES = ("rotary", "attention")
+FAMILIES = ("rotary", "attention", "mtp")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MATRIX = ("HMMA", "HGMMA", "IMMA", "QGMMA")
 # Matrix instructions of sm_90 run beside the rest, but the compiler has each waited for where it cannot tell what they

@@ -37,12 +37,14 @@ MEGACTX_INLINE int32_t ordered(float x) {
 }
 MEGACTX_INLINE float from_ordered(int32_t key) { return std::bit_cast<float>(key ^ ((key >> 31) & 0x7fffffff)); }
 
-// exp(x) for x <= 0, within 1 ulp; 0 below -87, where the true value is close to the smallest normal float.
+// exp(x) for x <= 0, within 1 ulp; 0 below -87, where the true value is close to the smallest normal float. A NaN stays
+// one. (Above 0, up to 87, it is as exact.)
 // Cody-Waite reduction by ln 2 in two parts, then the minimax polynomial of Cephes' expf on [-ln2/2, ln2/2].
 MEGACTX_INLINE float exp_nonpositive(float x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const float clamped = x < -87.0f ? -87.0f : x;
-  const float n = (clamped * 1.44269504f + kRound) - kRound;
+  const float rounded = clamped * 1.44269504f + kRound;
+  const float n = rounded - kRound;
   const float r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
@@ -51,7 +53,7 @@ MEGACTX_INLINE float exp_nonpositive(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  const float scale = std::bit_cast<float>((static_cast<int32_t>(n) + 127) << 23);
+  const float scale = std::bit_cast<float>((std::bit_cast<uint32_t>(rounded) + 127) << 23);  // n is its lowest bits
   return x < -87.0f ? 0.0f : p * scale;
 }
 

@@ -15,6 +15,10 @@ after the schemas exist.
 Under `TRITON_INTERPRET=1` the Triton kernels also run on CPU tensors, in Triton's interpreter: slowly, to test them.
 They live in a second namespace then, so that `auto` on the CPU stays what it is.
 
+An operator may also be composed of others in PyTorch (`register(..., parts=...)`), on every device by the same code.
+It lives where all of its parts do: `why_not` and what is built on it ask them, and in the interpreter's namespace its
+parts are the interpreted ones.
+
 `use_backend("reference")` leaves the dispatcher out: the plain function is called, is differentiable as often as
 one likes, forwards too, and takes float64.  Naming `triton` or `cpp` demands that one, and is an error where it
 cannot run.
@@ -56,8 +60,9 @@ _ALIBI = (
 )
 _MTP = (
     "int[] vocab_sizes, Tensor step_weights, Tensor context_weights, int ignore_index, str reduction, "
-    "float? softcap, float label_smoothing, float z_loss"
+    "float? softcap, float label_smoothing, float z_loss, Tensor? counts"
 )
+_NEEDS = "bool need_hidden, bool need_weight, bool need_bias"
 SCHEMAS = {
     "gaussian_rope": f"(Tensor q, Tensor k, {_ROPE}) -> (Tensor, Tensor)",
     "gaussian_rope_": f"(Tensor(a!) q, Tensor(b!) k, {_ROPE}) -> ()",
@@ -76,15 +81,36 @@ SCHEMAS = {
         "(Tensor logits, int[] vocab_sizes, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, "
         "Tensor seeds, Tensor step) -> Tensor"
     ),
-    "mtp_cross_entropy": f"(Tensor logits, Tensor targets, {_MTP}) -> (Tensor loss, Tensor per_step, Tensor lse)",
-    "mtp_cross_entropy_backward": f"(Tensor grad_loss, Tensor logits, Tensor targets, Tensor lse, {_MTP}) -> Tensor",
+    "mtp_cross_entropy": (
+        f"(Tensor logits, Tensor targets, {_MTP}) -> (Tensor loss, Tensor per_step, Tensor lse, Tensor log_p)"
+    ),
+    "mtp_cross_entropy_backward": (
+        f"(Tensor grad_loss, Tensor logits, Tensor targets, Tensor lse, Tensor log_p, {_MTP}) -> Tensor"
+    ),
     "linear_mtp_cross_entropy": (
         f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, {_MTP}) "
-        "-> (Tensor loss, Tensor per_step, Tensor lse)"
+        "-> (Tensor loss, Tensor per_step, Tensor lse, Tensor log_p)"
     ),
     "linear_mtp_cross_entropy_backward": (
-        f"(Tensor grad_loss, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor lse, {_MTP}, "
-        "bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)"
+        "(Tensor grad_loss, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor lse, Tensor log_p, "
+        f"{_MTP}, {_NEEDS}) -> (Tensor, Tensor, Tensor)"
+    ),
+    "linear_mtp_cross_entropy_gradients": (
+        f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, {_MTP}, {_NEEDS}) "
+        "-> (Tensor loss, Tensor per_step, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
+    ),
+    # The three passes over logits that the losses above are composed of, and all that a kernel has to do for them.
+    "mtp_rows": (
+        "(Tensor logits, Tensor targets, int[] vocab_sizes, int ignore_index, float? softcap, bool mean) "
+        "-> (Tensor log_p, Tensor mean_log_p, Tensor lse)"
+    ),
+    "mtp_rows_": (
+        "(Tensor(a!) logits, Tensor targets, Tensor weights, int[] vocab_sizes, int ignore_index, float? softcap, "
+        "float label_smoothing, float z_loss) -> (Tensor log_p, Tensor mean_log_p, Tensor lse)"
+    ),
+    "mtp_rows_backward": (
+        "(Tensor logits, Tensor targets, Tensor log_p, Tensor lse, Tensor weights, int[] vocab_sizes, "
+        "int ignore_index, float? softcap, float label_smoothing, float z_loss) -> Tensor"
     ),
 }
 
@@ -100,7 +126,7 @@ class _Choice(threading.local):
 
     def __init__(self) -> None:  # runs once per thread
         self.name = _DEFAULT  # on the object: an attribute of the class would escape Dynamo's guards
-        self.interpreted = False  # whether a derivative of interpreted operators is being taken
+        self.interpreted = False  # whether a derivative or the parts of an interpreted operator are being computed
 
 
 # Before the namespace is taken: a module that fails to import is imported again at the next use.
@@ -168,6 +194,8 @@ class Operator:
     triton: str = ""  # the module of its Triton launchers
     fallback: Callable[..., Any] | None = None  # what runs where no kernel fits: the reference, unless told otherwise
     differentiable: bool = False
+    parts: tuple[str, ...] = ()  # the operators it is composed of, where it has no kernels of its own
+    unfit: Callable[..., str] | None = None  # why the Triton kernels of its parts do not take its arguments
 
     def __call__(self, *args: Any) -> Any:
         choice = _choice.name
@@ -187,7 +215,7 @@ class Operator:
             device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
             reason = why_not(self.name, choice, device)
             if not reason and choice == "triton":
-                reason = self._launchers().unfit(self.name, *args)
+                reason = self.unfit(*args) if self.unfit else self._launchers().unfit(self.name, *args)
             if reason:
                 raise ValueError(f'backend "{choice}" cannot run {NAMESPACE}::{self.name}: {reason}')
             if choice == "triton" and device == "cpu":
@@ -196,7 +224,7 @@ class Operator:
         return self.overload(*args)
 
     def derivative(self, *args: Any) -> Any:
-        """The operator as the derivative of another one: the dispatcher's choice, whatever backend is in force here.
+        """The operator as the derivative or a part of another one: the dispatcher's choice, whatever is in force here.
 
         A backward pass runs in threads of its own, which know no `use_backend`; only what the interpreter computed
         goes on in the interpreter.
@@ -230,15 +258,21 @@ def register(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
     fallback: Callable[..., Any] | None = None,
+    parts: tuple[str, ...] = (),
+    unfit: Callable[..., str] | None = None,
 ) -> Operator:
     """Give the operator `name` its reference, its shape function and its derivative.
 
     `fallback` is what runs where no kernel does, by default the reference.  An operator whose name ends in `_backward`
-    gets a derivative that refuses, since gradients of gradients are what the reference is for.
+    gets a derivative that refuses, since gradients of gradients are what the reference is for.  With `parts`, the
+    fallback is composed of the operators of these names, and `unfit` tells what their Triton kernels do not take.
     """
     reference = without_autocast(reference)
     fallback = without_autocast(fallback) if fallback else None
     _library.impl(name, fallback or reference, "CompositeExplicitAutograd")
+    if _interpreter is not None and fallback and parts:
+        _interpreter.impl(name, _interpreted(fallback), "CompositeExplicitAutograd")
+    differentiable = setup_context is not None  # other derivatives there are only refuse
     if name.endswith("_backward"):
         backward = _no_second_derivative(f"{NAMESPACE}::{name}")
     found: list[Any] = []
@@ -256,8 +290,16 @@ def register(
                 library.impl(name, function(overload), key, with_keyset=True)
         found.append(overload)
     overload, interpreted = found
-    differentiable = backward is not None and not name.endswith("_backward")
-    operator = Operator(name, reference, overload, interpreted, fallback=fallback, differentiable=differentiable)
+    operator = Operator(
+        name,
+        reference,
+        overload,
+        interpreted,
+        fallback=fallback,
+        differentiable=differentiable,
+        parts=parts,
+        unfit=unfit,
+    )
     OPERATORS[name] = operator
     return operator
 
@@ -274,13 +316,13 @@ def triton(name: str, module: str) -> None:
         _interpreter.impl(name, launch, "CPU")
 
 
-def _interpreted(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """`backward`, with the interpreted operators for the operators it calls."""
+def _interpreted(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, a derivative or a composed operator, with the interpreted operators for those it calls."""
 
-    def run(ctx: Any, *grads: torch.Tensor) -> Any:
+    def run(*args: Any) -> Any:
         before, _choice.interpreted = _choice.interpreted, True
         try:
-            return backward(ctx, *grads)
+            return function(*args)
         finally:
             _choice.interpreted = before
 
@@ -347,6 +389,8 @@ def why_not(name: str, backend: str, device: str | None = None) -> str:
     """Why `backend` does not run operator `name` (on `device`): the empty string where it does."""
     if backend == "reference":
         return ""
+    if name in OPERATORS and OPERATORS[name].parts:
+        return next(filter(None, (why_not(part, backend, device) for part in OPERATORS[name].parts)), "")
     if backend == "triton":
         if name not in OPERATORS or not OPERATORS[name].triton:
             return "no Triton kernel is registered for this operator"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 import threading
@@ -38,7 +39,8 @@ def _arguments(name: str, length: int = 6, *, grad: bool = False) -> tuple[Any, 
     mask = torch.rand(2, length) > 0.3
     alibi = (positions, positions, kernels.alibi_slopes(4), x(4), True, mask, 0.3)
     targets = torch.randint(-1, 5, (length, 2, 3))
-    mtp = ([5, 7], torch.tensor([1.0, 0.5, 0.25]), torch.tensor([0.5, 0.5]), -1, "mean", 3.0, 0.1, 0.01)
+    counts = torch.tensor([[9.0, 8.5, 7.0], [9.0, 8.0, 0.5]])
+    mtp = ([5, 7], torch.tensor([1.0, 0.5, 0.25]), torch.tensor([0.5, 0.5]), -1, "mean", 3.0, 0.1, 0.01, counts)
     logits, hidden, weight, bias = x(length, 12), x(length, 4), x(12, 4), x(12)
     if name == "gaussian_rope":
         return (q, k, positions, lods, *ROPE)
@@ -60,16 +62,34 @@ def _arguments(name: str, length: int = 6, *, grad: bool = False) -> tuple[Any, 
         return (logits.detach(), [5, 7], *knobs, torch.arange(length * 2).view(length, 2), torch.tensor(4))
     if name == "mtp_cross_entropy":
         return (logits, targets, *mtp)
+    if name.startswith("mtp_rows"):
+        return _row_arguments(name, logits.detach(), targets)
+    columns = torch.rand(length, 2), -torch.rand(length, 2, 3)  # lse and log_p
     if name == "mtp_cross_entropy_backward":
-        return (torch.tensor(1.5), logits, targets, torch.ops.megactx.mtp_cross_entropy(logits, targets, *mtp)[2], *mtp)
+        return (torch.tensor(1.5), logits, targets, *columns, *mtp)
     if name == "linear_mtp_cross_entropy":
         return (hidden, weight, bias, targets, *mtp)
-    lse = torch.ops.megactx.linear_mtp_cross_entropy(hidden, weight, bias, targets, *mtp)[2]
-    return (torch.tensor(1.5), hidden, weight, bias, targets, lse, *mtp, True, True, True)
+    if name == "linear_mtp_cross_entropy_gradients":
+        return (hidden, weight, bias, targets, *mtp, True, True, True)
+    return (torch.tensor(1.5), hidden, weight, bias, targets, *columns, *mtp, True, True, True)
+
+
+def _row_arguments(name: str, logits: Tensor, targets: Tensor) -> tuple[Any, ...]:
+    if name == "mtp_rows":
+        return (logits, targets, [5, 7], -1, 3.0, True)
+    weights = torch.tensor([1.0, 0.5, 0.25]).expand(targets.shape)
+    if name == "mtp_rows_":
+        return (logits, targets, weights, [5, 7], -1, 3.0, 0.1, 0.01)
+    log_p, _, lse = torch.ops.megactx.mtp_rows(logits, targets, [5, 7], -1, 3.0, True)
+    return (logits, targets, log_p, lse, weights, [5, 7], -1, 3.0, 0.1, 0.01)
 
 
 kernels.backends()  # registers every family
-DIFFERENTIABLE = [name for name in _library.SCHEMAS if f"{name}_backward" in _library.SCHEMAS]
+DIFFERENTIABLE = [name for name, operator in _library.OPERATORS.items() if operator.differentiable]
+# What is run where a gradient is no matter, or where PyTorch does not tell that it is.
+_PLAIN = {name: name.replace("_gradients", "(_gradients)?") for name in _library.SCHEMAS}
+# What the public functions run, and not only their derivatives.
+FORWARD = [name for name in _library.SCHEMAS if not name.endswith("_backward") and not name.startswith("mtp_rows")]
 
 
 @pytest.mark.parametrize("name", _library.SCHEMAS)
@@ -106,10 +126,13 @@ def _public(name: str) -> Callable[..., Any]:
     def mtp(logits: Tensor, targets: Tensor, *_: Any) -> Any:
         return kernels.mtp_cross_entropy(logits, targets, vocab_sizes=(5, 7), step_weights=(1.0, 0.5, 0.5))
 
-    def linear(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, *_: Any) -> Any:
-        return kernels.linear_mtp_cross_entropy(
-            hidden, weight, targets, bias=bias, vocab_sizes=(5, 7), step_weights=(1.0, 0.5, 0.5), reduction="none"
-        )
+    def linear(reduction: str) -> Callable[..., Any]:
+        def run(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, *_: Any) -> Any:
+            return kernels.linear_mtp_cross_entropy(
+                hidden, weight, targets, bias=bias, vocab_sizes=(5, 7), step_weights=(1, 0.5, 0.5), reduction=reduction
+            )
+
+        return run
 
     return {
         "gaussian_rope": rope,
@@ -118,7 +141,8 @@ def _public(name: str) -> Callable[..., Any]:
         "gist_attention": gist,
         "sample_contexts": sample,
         "mtp_cross_entropy": mtp,
-        "linear_mtp_cross_entropy": linear,
+        "linear_mtp_cross_entropy": linear("none"),
+        "linear_mtp_cross_entropy_gradients": linear("mean"),
     }[name]
 
 
@@ -136,7 +160,7 @@ def _result_and_grads(
     return results, [g for g in torch.autograd.grad(loss, leaves, allow_unused=True) if g is not None]
 
 
-@pytest.mark.parametrize("name", [name for name in _library.SCHEMAS if not name.endswith("_backward")])
+@pytest.mark.parametrize("name", FORWARD)
 def test_compiles_to_one_graph_over_changing_lengths(name: str) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
@@ -167,16 +191,22 @@ def test_the_reference_compiles_too(name: str, dynamic: bool | None) -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
-@pytest.mark.parametrize("name", [name for name in _library.SCHEMAS if not name.endswith("_backward")])
+@pytest.mark.parametrize("name", FORWARD)
 def test_autocast_does_not_reach_into_an_operator(name: str, backend: str) -> None:
+    """But the linear loss takes its hidden state in the dtype of autocast, as `nn.Linear` would."""
+
+    def cast(hidden: Tensor, *rest: Any) -> Any:
+        return _public(name)(hidden.bfloat16(), *rest)
+
     with kernels.use_backend(backend):
-        expected, expected_grads = _result_and_grads(_public(name), name, 7)
+        plain = cast if name.startswith("linear_mtp") else _public(name)
+        expected, expected_grads = _result_and_grads(plain, name, 7)
         got, grads = _result_and_grads(_public(name), name, 7, torch.autocast("cpu", torch.bfloat16))
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
     torch.testing.assert_close(grads, expected_grads, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", [name for name in _library.SCHEMAS if not name.endswith("_backward")])
+@pytest.mark.parametrize("name", FORWARD)
 def test_inference_mode_gives_the_same_results(name: str) -> None:
     expected, _ = _result_and_grads(_public(name), name, 7)
     _runtime._CONSTANTS.clear()
@@ -205,12 +235,17 @@ def test_a_second_derivative_is_refused_by_name(name: str) -> None:
     results = getattr(torch.ops.megactx, name)(*inputs)
     result = results if isinstance(results, Tensor) else results[0]
     leaves = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
-    grads = torch.autograd.grad(result.square().sum(), leaves, create_graph=True)
-    with pytest.raises(RuntimeError, match=rf'megactx::{name}_backward has no derivative.*use_backend\("reference"\)'):
+    name = name.removesuffix("_gradients")  # which has the gradients by then, and refuses at the first derivative
+
+    def twice() -> None:
+        grads = torch.autograd.grad(result.square().sum(), leaves, create_graph=True)
         sum(g.square().sum() for g in grads).backward()
 
+    with pytest.raises(RuntimeError, match=rf'megactx::{name}_backward has no derivative.*use_backend\("reference"\)'):
+        twice()
 
-@pytest.mark.parametrize("name", [name for name in _library.SCHEMAS if not name.endswith("_backward")])
+
+@pytest.mark.parametrize("name", FORWARD)
 def test_forward_derivatives_are_refused_by_name_and_the_reference_has_them(name: str) -> None:
     """Silence would be worse: the tangents of an operator without a forward derivative are zeros."""
     first, *rest = _arguments(name)
@@ -220,7 +255,7 @@ def test_forward_derivatives_are_refused_by_name_and_the_reference_has_them(name
         result = torch.func.jvp(lambda y: function(y, *rest), (x,), (x.cos(),))[1]
         return result if isinstance(result, Tensor) else result[0]
 
-    message = rf'megactx::{name} has no forward-mode derivative .*use_backend\("reference"\)'
+    message = rf'megactx::{_PLAIN[name]} has no forward-mode derivative .*use_backend\("reference"\)'
     with kernels.use_backend("auto"):
         with pytest.raises(RuntimeError, match=message):
             tangent(first)
@@ -242,7 +277,7 @@ def test_functional_gradients_are_refused_by_name_and_the_reference_has_them(nam
         return (result if isinstance(result, Tensor) else result[0]).sum()
 
     batch = torch.stack((first, first + 1))
-    message = rf'megactx::{name} has no derivative for torch.func .*use_backend\("reference"\)'
+    message = rf'megactx::{_PLAIN[name]} has no derivative for torch.func .*use_backend\("reference"\)'
     with kernels.use_backend("auto"):
         for gradient in (
             lambda: torch.func.grad(function)(first),
@@ -286,7 +321,7 @@ def test_writing_in_place_past_the_public_function_gives_no_wrong_gradient(name:
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
-@pytest.mark.parametrize("name", [name for name in _library.SCHEMAS if not name.endswith("_backward")])
+@pytest.mark.parametrize("name", FORWARD)
 def test_a_default_device_does_not_reach_into_an_operator(name: str, backend: str) -> None:
     inputs = _arguments(name)
     _runtime._CONSTANTS.clear()
@@ -317,6 +352,53 @@ def test_a_backend_that_is_not_live_is_refused_by_name() -> None:
         message = f'backend "{backend}" cannot run megactx::gist_attention: '
         with kernels.use_backend(backend), pytest.raises(ValueError, match=message):
             kernels.gist_attention(*inputs[:4])
+
+
+COMPOSED = [name for name, operator in _library.OPERATORS.items() if operator.parts]
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_a_composed_operator_lives_where_all_of_its_parts_do(name: str, monkeypatch: Any) -> None:
+    operator = _library.OPERATORS[name]
+    for backend in ("triton", "cpp"):
+        reasons = [_library.why_not(part, backend) for part in operator.parts]
+        assert _library.why_not(name, backend) in (reasons if any(reasons) else [""])
+    monkeypatch.setattr(_library.OPERATORS[operator.parts[-1]], "triton", "")
+    assert _library.why_not(name, "triton") == "no Triton kernel is registered for this operator"
+    if not name.endswith("_backward"):
+        with kernels.use_backend("triton"), pytest.raises(ValueError, match="no Triton kernel is registered"):
+            operator(*_arguments(name))
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("name", [name for name in COMPOSED if not name.endswith("_backward")])
+def test_the_parts_of_an_interpreted_operator_are_interpreted(name: str, monkeypatch: Any) -> None:
+    if reason := _library.why_not(name, "triton", "cpu"):
+        pytest.skip(reason)
+    ran: set[str] = set()
+    launch = _library.Operator._launch
+
+    def recorded(operator: Any, *args: Any) -> Any:
+        ran.add(operator.name)
+        return launch(operator, *args)
+
+    for part in _library.OPERATORS[name].parts:
+        operator = _library.OPERATORS[part]
+        recording = functools.partial(recorded, operator)
+        monkeypatch.setattr(operator, "interpreted", recording)
+    expected, expected_grads = _result_and_grads(_public(name), name, 7, kernels.use_backend("auto"))
+    assert not ran
+    got, grads = _result_and_grads(_public(name), name, 7, kernels.use_backend("triton"))
+    assert ran == set(_library.OPERATORS[name].parts)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(grads, expected_grads)
+
+
+def test_a_pass_over_rows_has_no_derivative_and_says_what_has() -> None:
+    logits, *rest = _arguments("mtp_rows")
+    log_p, _, _ = torch.ops.megactx.mtp_rows(logits.requires_grad_(), *rest)
+    with pytest.raises(RuntimeError, match=r"megactx::mtp_rows has no derivative: call megactx\.kernels\.mtp_cross_e"):
+        log_p.sum().backward()
 
 
 def test_use_backend_restores_the_choice_and_refuses_unknown_names() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megactx import kernels
 from megactx.kernels import MTPLoss, mtp_cross_entropy
-from megactx.kernels.mtp import reference
+from megactx.kernels.mtp import reference, rows
 
 SIZES = (5, 9)
 STEPS = (1.0, 0.5, 0.25)
@@ -206,7 +206,8 @@ def test_the_reference_has_first_and_second_derivatives(options: dict[str, Any],
 def test_the_operator_has_the_gradient_of_the_reference(
     options: dict[str, Any], reduction: str, chunk: int, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(reference, "_CHUNK_LOGITS", chunk)
+    for module in (reference, rows):
+        monkeypatch.setattr(module, "_CHUNK_LOGITS", chunk)
     logits, targets = inputs()
     logits.requires_grad_()
     grads = []
@@ -215,6 +216,31 @@ def test_the_operator_has_the_gradient_of_the_reference(
             loss = multi(logits, targets, reduction=reduction, **options).loss
             grads.append(torch.autograd.grad(loss.square().sum(), logits)[0])
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-10, atol=1e-12)
+
+
+def test_the_parts_of_a_batch_add_up_to_it_with_the_counts_of_the_whole() -> None:
+    """Gradient accumulation and data parallelism: every share divides by the same counts, whole or fractional."""
+    logits, targets = inputs()
+    logits.requires_grad_()
+    whole = multi(logits, targets)
+    (wanted,) = torch.autograd.grad(whole.loss, logits)
+    counts = (targets != -1).sum(0)
+    for backend in ("reference", "auto"):
+        for given, factor in ((counts, 1), (counts.float() / 8, 1 / 8)):  # the mean over 8 ranks is taken by others
+            with kernels.use_backend(backend):
+                shares = [multi(logits[part], targets[part], counts=given) for part in (slice(0, 3), slice(3, 12))]
+            torch.testing.assert_close(sum(s.loss for s in shares) * factor, whole.loss)
+            torch.testing.assert_close(sum(s.per_step for s in shares) * factor, whole.per_step)
+            torch.testing.assert_close(torch.autograd.grad(sum(s.loss for s in shares) * factor, logits)[0], wanted)
+
+
+def test_a_count_of_zero_is_for_nothing_valid_and_shows_where_that_is_not_so() -> None:
+    logits, targets = inputs(torch.float32)
+    targets[:, 1] = -1
+    counts = (targets != -1).sum(0)
+    assert (counts[1] == 0).all()
+    torch.testing.assert_close(multi(logits, targets, counts=counts), multi(logits, targets))
+    assert multi(logits, targets, counts=torch.zeros(2, 3)).loss == math.inf
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -265,8 +291,11 @@ def test_the_operator_returns_the_logsumexp_of_each_row_and_context(z_loss: floa
     logits, targets = inputs()
     logits[0, 0] = -math.inf
     ones = torch.ones(3), torch.ones(2)
-    lse = torch.ops.megactx.mtp_cross_entropy(logits, targets, SIZES, *ones, -1, "mean", None, 0.0, z_loss)[2]
-    torch.testing.assert_close(lse, torch.stack([z.logsumexp(1) for z in logits.split(SIZES, dim=1)], dim=1))
+    options = (SIZES, *ones, -1, "mean", None, 0.0, z_loss, None)
+    expected = torch.stack([z.logsumexp(1) for z in logits.split(SIZES, dim=1)], dim=1)
+    expected[(targets == -1).all(-1)] = 0  # not looked at
+    for function in (reference.mtp_cross_entropy, torch.ops.megactx.mtp_cross_entropy):
+        torch.testing.assert_close(function(logits, targets, *options)[2], expected)
 
 
 def test_a_target_outside_its_vocabulary_is_named() -> None:
@@ -306,6 +335,13 @@ def test_where_targets_are_not_looked_at_one_outside_its_vocabulary_makes_the_lo
         ({"step_weights": (1.0,)}, r"step_weights must have 3 entries, one per step ahead \(K\), got 1"),
         ({"context_weights": (1.0,)}, r"context_weights must have 2 entries, one per context \(C\), got 1"),
         ({"step_weights": torch.ones(3, requires_grad=True)}, "step_weights must not require a gradient"),
+        ({"targets": torch.zeros(12, 2, 0, dtype=torch.int64)}, r"targets must have at least one step ahead \(K\)"),
+        ({"counts": torch.ones(3)}, "counts must have 2 dimensions"),
+        ({"counts": torch.ones(2, 2)}, r"counts must have shape \(2, 3\), got \(2, 2\)"),
+        ({"counts": torch.ones(2, 3).bool()}, "counts must be int32, int64, float32 or float64, got torch.bool"),
+        ({"counts": torch.ones(2, 3, requires_grad=True)}, "counts must not require a gradient"),
+        ({"counts": 4}, "counts must be a torch.Tensor, got int"),
+        ({"counts": torch.ones(2, 3), "reduction": "sum"}, 'counts must be None with reduction="sum"'),
         ({"reduction": "avg"}, "reduction must be one of 'mean', 'sum', 'none', got 'avg'"),
         ({"vocab_sizes": 14}, "vocab_sizes must be a sequence of integers, got 14"),
         ({"step_weights": 1.0}, "step_weights must be a sequence of numbers or a tensor, got 1.0"),

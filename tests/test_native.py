@@ -311,12 +311,23 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
                     k, q, q, k, *rest)
                 print(sha256(torch.cat(out).view(torch.uint8).numpy().tobytes()).hexdigest())
 """
+DESCEND_MANY = """
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    for sizes in ([2500], [3, 1, 700]):
+        for softcap, smoothing, z_loss in ((None, 0.0, 0.0), (5.0, 0.1, 0.01)):
+            logits = (torch.randn(4, sum(sizes), generator=generator) * 3).to(dtype)
+            targets = torch.stack([torch.randint(-1, size, (4, 3), generator=generator) for size in sizes], 1)
+            weights = torch.rand(targets.shape, generator=generator)
+            columns = torch.ops.megactx.mtp_rows_(logits, targets, weights, sizes, -1, softcap, smoothing, z_loss)
+            bits = b"".join(x.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for x in (*columns, logits))
+            print(sha256(bits).hexdigest())
+"""
 
 
 @built
 @pytest.mark.slow
 def test_baseline_code_computes_the_same_bits(tmp_path: Path) -> None:
-    """Compiled without the AVX clones: what an old machine draws and turns."""
+    """Compiled without the AVX clones: what an old machine draws, turns and differentiates."""
     if shutil.which("c++") is None:
         pytest.skip("no compiler")
     environment = {**os.environ, "CXXFLAGS": "-DMEGACTX_BASELINE", "MEGACTX_BUILD_CPP": "1", "OMP_NUM_THREADS": "1"}
@@ -337,7 +348,7 @@ torch.ops.load_library({str(extension)!r})
 """
     baseline, here = (
         subprocess.run(
-            [sys.executable, "-c", start + DRAW_MANY + TURN_MANY],
+            [sys.executable, "-c", start + DRAW_MANY + TURN_MANY + DESCEND_MANY],
             cwd=ROOT,
             env=environment,
             check=True,
@@ -345,5 +356,5 @@ torch.ops.load_library({str(extension)!r})
         ).stdout
         for start in (load, "import torch\nfrom megactx import kernels\nkernels.backends()")
     )
-    assert len(here.split()) == 240 + 48
+    assert len(here.split()) == 240 + 48 + 16
     assert baseline == here

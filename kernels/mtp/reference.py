@@ -40,10 +40,18 @@ class Options(NamedTuple):
     softcap: float | None
     label_smoothing: float
     z_loss: float
+    counts: Tensor | None  # [C, K], what each mean divides by: the valid targets of these rows where None
 
 
-def mtp_cross_entropy(logits: Tensor, targets: Tensor, *options: object) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, per_step [C, K], lse [N, C]) of logits [N, sum V] and targets [N, C, K]; the rest as in `Options`."""
+# What both losses return: loss, per_step [C, K], lse [N, C] and log_p [N, C, K], the log probability of each target.
+Results = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def mtp_cross_entropy(logits: Tensor, targets: Tensor, *options: object) -> Results:
+    """The loss of logits [N, sum V] and targets [N, C, K]; the rest as in `Options`.
+
+    Of rows and contexts whose targets are all ignored, lse is 0, and so is log_p at every ignored target.
+    """
     o = Options(*options)  # type: ignore[arg-type]
     dtype = compute_dtype(logits.dtype)
     return _forward(lambda rows: logits[rows].to(dtype), _CHUNK_LOGITS, targets, o, dtype)
@@ -51,16 +59,17 @@ def mtp_cross_entropy(logits: Tensor, targets: Tensor, *options: object) -> tupl
 
 def linear_mtp_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *options: object
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Results:
     """The same for logits = hidden @ weight.T + bias, with hidden [N, E] and weight [sum V, E]."""
     o = Options(*options)  # type: ignore[arg-type]
     dtype = compute_dtype(hidden.dtype)
     w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
+    hidden = _awake(hidden, targets, o)
     return _forward(lambda rows: F.linear(hidden[rows].to(dtype), w, b), _CHUNK_GEMM, targets, o, dtype)
 
 
 def mtp_cross_entropy_backward(
-    grad_loss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, *options: object
+    grad_loss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, log_p: Tensor, *options: object
 ) -> Tensor:
     """The gradient of the loss with respect to the logits, in their dtype."""
     o = Options(*options)  # type: ignore[arg-type]
@@ -72,7 +81,14 @@ def mtp_cross_entropy_backward(
 
 
 def linear_mtp_cross_entropy_backward(
-    grad_loss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, lse: Tensor, *rest: object
+    grad_loss: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    lse: Tensor,
+    log_p: Tensor,
+    *rest: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, empty where not needed.  The sums over rows are kept in float32."""
     *options, need_hidden, need_weight, need_bias = rest
@@ -80,6 +96,7 @@ def linear_mtp_cross_entropy_backward(
     dtype = compute_dtype(hidden.dtype)
     w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
     parts = _gradient_parts(grad_loss, targets, lse, o)
+    hidden = _awake(hidden, targets, o)
     grad_hidden = hidden.new_empty(hidden.shape if need_hidden else 0)
     grad_weight = torch.zeros(weight.shape if need_weight else 0, dtype=dtype, device=weight.device)
     grad_bias = torch.zeros(weight.shape[0] if need_bias else 0, dtype=dtype, device=weight.device)
@@ -95,6 +112,24 @@ def linear_mtp_cross_entropy_backward(
         if need_bias:
             grad_bias += grad.sum(0)
     return grad_hidden, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype if bias is None else bias.dtype)
+
+
+def linear_mtp_cross_entropy_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *rest: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, per_step) and the gradients of that loss with respect to hidden, weight and bias."""
+    loss, per_step, lse, log_p = linear_mtp_cross_entropy(hidden, weight, bias, targets, *rest[:-3])
+    one = torch.ones_like(loss)
+    return (
+        loss,
+        per_step,
+        *linear_mtp_cross_entropy_backward(one, hidden, weight, bias, targets, lse, log_p, *rest),
+    )
+
+
+def _awake(hidden: Tensor, targets: Tensor, o: Options) -> Tensor:
+    """`hidden`, 0 in rows without a target: a NaN there must not reach the gradient of the weight either."""
+    return hidden.masked_fill((targets == o.ignore_index).all(-1).all(-1, keepdim=True), 0.0)
 
 
 def _chunks(rows: int, width: int, budget: int) -> Iterator[slice]:
@@ -113,34 +148,41 @@ def _soft_cap(z: Tensor, softcap: float | None) -> Tensor:
 
 def _forward(
     make_logits: Callable[[slice], Tensor], budget: int, targets: Tensor, o: Options, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_targets(targets, o)
+) -> Results:
+    check_targets(targets, o)
     inside = _inside(targets, o)
+    ignored = targets == o.ignore_index
+    idle = ignored.all(-1, keepdim=True)  # not looked at: a NaN there must not reach anything
     columns = []
     for rows in _chunks(targets.shape[0], sum(o.vocab_sizes), budget):
         segments = _segments(make_logits(rows), o.vocab_sizes)
-        columns.append([_columns(z, inside[rows, context], o) for context, z in enumerate(segments)])
+        columns.append(
+            [
+                _columns(z.masked_fill(idle[rows, context], 0.0), inside[rows, context], o)
+                for context, z in enumerate(segments)
+            ]
+        )
     # [N, C, K], [N, C] and [N, C]: all that is left of the logits
     log_p, mean_log_p, lse = (
         torch.cat([torch.stack([context[part] for context in chunk], dim=1) for chunk in columns]) for part in range(3)
     )
+    # A target outside the vocabulary was refused where the host can look at it.  Elsewhere it must show: NaN.
+    log_p = torch.where(ignored, 0.0, torch.where(targets == inside, log_p, torch.nan))
     entry = -log_p
     if o.label_smoothing:
         entry = (1 - o.label_smoothing) * entry - o.label_smoothing * mean_log_p[:, :, None]
     if o.z_loss:
         entry = entry + o.z_loss * lse.square()[:, :, None]
-    # A target outside the vocabulary was refused where the host can look at it.  Elsewhere it must show: NaN.
-    entry = torch.where(targets == inside, entry, torch.nan)
-    entry = torch.where(targets == o.ignore_index, 0.0, entry)
+    entry = torch.where(ignored, 0.0, entry)
     weights = o.context_weights[:, None].to(dtype) * o.step_weights.to(dtype)
-    per_step = entry.sum(0) / _counts(targets, o.ignore_index)
+    per_step = entry.sum(0) / divisors(targets, o, dtype)
     if o.reduction == "none":
         loss = entry * weights
     elif o.reduction == "sum":
         loss = (entry.sum(0) * weights).sum()
     else:
         loss = (per_step * weights).sum()
-    return loss, per_step, lse
+    return loss, per_step, torch.where(idle.squeeze(-1), 0.0, lse), log_p
 
 
 def _columns(z: Tensor, targets: Tensor, o: Options) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,9 +205,14 @@ def _inside(targets: Tensor, o: Options) -> Tensor:
     return targets.clamp(min=0).minimum(last[:, None])
 
 
-def _counts(targets: Tensor, ignore_index: int) -> Tensor:
-    """How many entries each mean runs over, [C, K], at least one so that an empty mean is 0."""
-    return (targets != ignore_index).sum(0).clamp(min=1)
+def divisors(targets: Tensor, o: Options, dtype: torch.dtype) -> Tensor:
+    """What each mean divides by, [C, K], never 0, so that a mean over nothing is 0.
+
+    A given count of 0 where there are valid targets contradicts itself, and shows as an infinite loss.
+    """
+    if o.counts is None:
+        return (targets != o.ignore_index).sum(0).clamp(min=1)
+    return o.counts.to(dtype).clamp(min=torch.finfo(dtype).tiny)
 
 
 class _GradientParts(NamedTuple):
@@ -175,25 +222,28 @@ class _GradientParts(NamedTuple):
     smooth: Tensor  # [N, C, 1]
     entry: Tensor  # [N, C, K]
     targets: Tensor  # [N, C, K], inside their vocabularies
+    idle: Tensor  # [N, C, 1], the rows that are not looked at
 
 
 def _gradient_parts(grad_loss: Tensor, targets: Tensor, lse: Tensor, o: Options) -> _GradientParts:
     weights = o.context_weights[:, None].to(grad_loss.dtype) * o.step_weights.to(grad_loss.dtype)
     if o.reduction == "mean":
-        weights = weights / _counts(targets, o.ignore_index)
-    entry = torch.where(targets == o.ignore_index, 0.0, grad_loss * weights)
+        weights = weights / divisors(targets, o, grad_loss.dtype)
+    ignored, inside = targets == o.ignore_index, _inside(targets, o)
+    entry = torch.where(ignored, 0.0, torch.where(targets == inside, grad_loss * weights, torch.nan))
     total = entry.sum(-1, keepdim=True)
     scale = total * (1 + 2 * o.z_loss * lse[:, :, None]) if o.z_loss else total
     sizes = constant(tuple(o.vocab_sizes), grad_loss.dtype, targets.device)
     smooth = total * (o.label_smoothing / sizes[:, None])
-    return _GradientParts(scale, smooth, entry * (1 - o.label_smoothing), _inside(targets, o))
+    idle = ignored.all(-1, keepdim=True)
+    return _GradientParts(scale, smooth, entry * (1 - o.label_smoothing), inside, idle)
 
 
 def _grad_logits(z: Tensor, rows: slice, parts: _GradientParts, o: Options, *, out: Tensor) -> None:
     """dloss/dlogits of the chunk `rows`, logits z [n, sum V], into `out`."""
     grads = _segments(out, o.vocab_sizes)
     for context, raw in enumerate(_segments(z, o.vocab_sizes)):
-        capped = _soft_cap(raw, o.softcap)
+        capped = _soft_cap(raw.masked_fill(parts.idle[rows, context], 0.0), o.softcap)
         p, scale = torch.softmax(capped, dim=-1), parts.scale[rows, context]
         grad = torch.mul(p, scale, out=grads[context]) if out.dtype == p.dtype else p.mul_(scale)
         grad.scatter_add_(1, parts.targets[rows, context], -parts.entry[rows, context])
@@ -205,7 +255,7 @@ def _grad_logits(z: Tensor, rows: slice, parts: _GradientParts, o: Options, *, o
             grads[context].copy_(p)
 
 
-def _check_targets(targets: Tensor, o: Options) -> None:
+def check_targets(targets: Tensor, o: Options) -> None:
     """Refuse a target outside its vocabulary, where looking does not stall a device or break a traced graph."""
     if targets.device.type != "cpu" or torch.compiler.is_compiling():
         return
