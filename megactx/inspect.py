@@ -1,9 +1,11 @@
-"""Show what is in a dataset bundle, and check whether it is intact.
+"""Show what is in a dataset bundle, in a folder of shards or in one shard, and check whether it is intact.
 
   megactx inspect data/stdlib
   megactx inspect data/stdlib --verify
+  megactx inspect data/fineweb_train_000001.bin
 
-Every file is read and compared with its recorded hash. Damage is named by context on one line, with exit code 2.
+Every file is read and compared with its recorded hash. Damage is named by context on one line, with exit code 2. A
+shard alone has no recorded hash: its header and size are checked, and its largest id is shown.
 """
 
 from __future__ import annotations
@@ -16,8 +18,10 @@ import numpy as np
 from rich.text import Text
 
 from megactx.console import Console, make_console
-from megactx.data.bundle import SPLITS, Bundle, ContextInfo, find_damage
+from megactx.data.bundle import SHARDS, SPLITS, Bundle, ContextInfo, find_damage
 from megactx.data.derive import DerivedSpec, derive_tokens
+from megactx.data.shard_file import Shard, read_shard
+from megactx.data.shards import BARE, ShardSet
 from megactx.data.tokenizers import TextTokenizer
 from megactx.errors import MegactxError
 from megactx.prepare import context_table
@@ -27,7 +31,7 @@ LOOKAHEAD = 4096
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, metavar="FOLDER", help="a bundle written by 'megactx prepare'")
+    parser.add_argument("path", type=Path, metavar="PATH", help="a bundle or a folder of shards, or one shard")
     parser.add_argument(
         "--verify",
         action="store_true",
@@ -46,8 +50,14 @@ def run(args: argparse.Namespace) -> None:
     if args.sample < 0:
         raise MegactxError(f"sample must be at least 0, got {args.sample}")
     console = make_console()
+    if args.path.is_file():
+        print_shard(console, read_shard(args.path), args.sample)
+        return
     bundle = Bundle.open(args.path)
     print_summary(console, bundle)
+    if isinstance(bundle, ShardSet):
+        inspect_shards(console, bundle, args.sample)
+        return
     damage = {info.name: find_damage(args.path / info.name, info, contents=True) for info in bundle.contexts}
     damaged = {name for name, problems in damage.items() if problems}
     print_lanes(console, bundle, args.sample, skip=damaged)
@@ -72,6 +82,29 @@ def print_summary(console: Console, bundle: Bundle) -> None:
     for info in bundle.contexts:
         hashes = ", ".join(f"{split} {info.sha256.get(split, '')[:12]}" for split in SPLITS)
         console.print(f"  {info.name} ({info.dtype}): sha256 {hashes}", markup=False, soft_wrap=True)
+
+
+def inspect_shards(console: Console, shards: ShardSet, count: int) -> None:
+    between = "no token stands" if shards.delimiter is None else f"token {shards.delimiter} stands"
+    console.print(f"  {between} between documents", markup=False)
+    for split in SPLITS:
+        for shard in shards.shards(split):
+            console.print(f"  {shard.path.name}: {shard.tokens:,} tokens", markup=False, soft_wrap=True)
+    ShardSet.open(shards.path, verify=True)
+    print_lanes(console, shards, count)
+    console.print(f"intact: sizes, hashes and id ranges agree with {SHARDS}", markup=False)
+
+
+def print_shard(console: Console, shard: Shard, count: int) -> None:
+    """What one shard says of itself and holds. No file beside it tells of what its ids mean."""
+    ids = shard.map()
+    for line in (
+        f"{shard.path}: {shard.tokens:,} tokens of {shard.dtype}, header and size agree",
+        f"  largest id {shard.largest():,}; {shard.count(BARE[shard.dtype][2]):,} of them are {BARE[shard.dtype][2]}, "
+        f"the end of a document in the shards of the nanoGPT speed-run family",
+        *([f"  begins with {' '.join(map(str, ids[:count].tolist()))}"] if count else []),
+    ):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_lanes(console: Console, bundle: Bundle, count: int, skip: Collection[str] = ()) -> None:

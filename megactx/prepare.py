@@ -1,8 +1,9 @@
-"""Make a dataset bundle: aligned contexts from text, CSV columns or existing folders.
+"""Make a dataset bundle: aligned contexts from text, CSV columns or existing folders. Or one context in shards.
 
   megactx prepare --source python-stdlib --contexts kind depth column --out_dir data/stdlib
   megactx prepare --input_file book.txt notes/ --tokenizer char --contexts case --out_dir data/book
   megactx prepare --csv log.csv --csv_numeric speed --out_dir data/log
+  megactx prepare --input_file corpus/ --tokenizer gpt2 --shards --out_dir data/corpus
 
 The table it prints holds the yardsticks of each context: the unigram entropy is the loss of the best constant
 prediction, the bigram entropy that of the best table of pairs; a numeric context has an MSE of 1 for predicting its
@@ -15,6 +16,7 @@ import argparse
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,12 @@ from rich.table import Table
 from rich.text import Text
 
 from megactx.console import make_console
-from megactx.data.bundle import Bundle, check_name, dtype_for, refuse_duplicates
+from megactx.data.bundle import SPLITS, Bundle, check_name, dtype_for, refuse_duplicates
 from megactx.data.columns import read_csv
 from megactx.data.derive import ALIASES, DERIVATIONS, DerivedSpec, derive_many
+from megactx.data.shards import TOKENS_PER_SHARD, ShardSet, refuse_wide, write_shard_set
 from megactx.data.sources import SOURCES, Corpus, read_files
-from megactx.data.tokenizers import TextTokenizer, make_tokenizer
+from megactx.data.tokenizers import TextTokenizer, TiktokenTokenizer, make_tokenizer, tokenizer_from_json
 from megactx.data.write import NewContext, check_target, split_at, write_bundle
 from megactx.errors import MegactxError
 
@@ -45,6 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the last part of every context, kept for validation (default: 0.1)",
     )
     _add_source_arguments(parser)
+    group = parser.add_argument_group("shards")
+    group.add_argument(
+        "--shards",
+        action="store_true",
+        help="write shards with a header (as the nanoGPT speed-run family reads them) instead of a bundle: one "
+        "context of at most 65,536 symbols",
+    )
+    group.add_argument("--tokens_per_shard", type=int, metavar="N", help=f"default: {TOKENS_PER_SHARD:,}")
     _add_text_arguments(parser.add_argument_group("text"))
     _add_csv_arguments(parser.add_argument_group("CSV"))
 
@@ -122,14 +133,30 @@ def run(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     if args.max_bytes is not None and args.max_bytes < 1:
         raise MegactxError(f"max_bytes must be at least 1, got {args.max_bytes}")
+    if args.tokens_per_shard is not None and not args.shards:
+        raise MegactxError("--tokens_per_shard needs --shards")
+    if args.shards and args.contexts:
+        raise MegactxError("--shards holds one context: leave out --contexts, or --shards for a bundle")
+    if args.shards and args.tokenizer not in ("byte", "char"):
+        refuse_wide(args.main_name, make_tokenizer(args.tokenizer).vocab_size)  # before the text is read
     check_target(args.out_dir, overwrite=args.overwrite)
     contexts, source = _collect(args)
-    manifest = write_bundle(args.out_dir, contexts, source, overwrite=args.overwrite)
+    if args.shards:
+        size = TOKENS_PER_SHARD if args.tokens_per_shard is None else args.tokens_per_shard
+        if args.csv is None and args.from_folders is None:
+            contexts = [_end_of_text(context) for context in contexts]
+        write_shard_set(args.out_dir, contexts, source, tokens_per_shard=size, overwrite=args.overwrite)
+    else:
+        write_bundle(args.out_dir, contexts, source, overwrite=args.overwrite)
+    bundle = Bundle.open(args.out_dir)
     console = make_console()
-    console.print(context_table(Bundle.open(args.out_dir)))
-    tokens = manifest["tokens"]
+    console.print(context_table(bundle))
+    what = f"{len(contexts)} contexts"
+    if isinstance(bundle, ShardSet):
+        train, val = (len(bundle.shards(split)) for split in SPLITS)
+        what = f"{train} training and {val} validation shards"
     console.print(
-        f"{args.out_dir}: {len(contexts)} contexts, {tokens['train']:,} training and {tokens['val']:,} validation "
+        f"{args.out_dir}: {what}, {bundle.length('train'):,} training and {bundle.length('val'):,} validation "
         f"tokens each, written in {time.perf_counter() - began:.1f} s",
         markup=False,
         soft_wrap=True,
@@ -208,6 +235,17 @@ def _tokenize(
     if again != corpus.data:
         raise MegactxError(f"the tokenizer {name!r} does not give the text back")
     return ids, tokenizer, [value[starts] for value in derive_many(again, specs)]
+
+
+def _end_of_text(context: NewContext) -> NewContext:
+    """Every document begins with the end-of-text token of its encoding, where there is one, as in the shards of the
+    family; so far a NUL joined them."""
+    tokenizer = tokenizer_from_json(context.tokenizer)
+    if not isinstance(tokenizer, TiktokenTokenizer) or tokenizer.end_of_text is None:
+        return context
+    nul, end = tokenizer.encode("\0"), tokenizer.end_of_text
+    train, val = (np.where(ids == nul, ids.dtype.type(end), ids) for ids in context.arrays)
+    return replace(context, arrays=(np.concatenate([np.full(1, end, train.dtype), train]), val))
 
 
 def _from_bundle(bundle: Bundle) -> tuple[list[NewContext], dict[str, Any]]:

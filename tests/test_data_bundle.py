@@ -190,6 +190,8 @@ def swap_sizes(data: dict[str, Any]) -> None:
         (lambda d: d["contexts"][1].update(numeric={"minimum": 1}), "'speed': numeric.step of"),
         (lambda d: d["contexts"][0].update(tokens={"train": 90}), "'a': tokens"),
         (lambda d: d["contexts"][0].update(sha256=None), "'a': sha256"),
+        (lambda d: d["contexts"][0].update(entropy=None), "'a': entropy of"),
+        (lambda d: d["contexts"][0].update(entropy={"unigram": "low"}), "'a': entropy.unigram of .* is 'low'"),
         (swap_sizes, r"'a': train.bin has 180 bytes, expected 360 \(90 tokens of uint32\)"),
     ],
 )

@@ -86,6 +86,8 @@ def test_one_window_is_enough_and_one_token_less_is_refused(bundle: Bundle) -> N
     assert x[0, 0, 0] == TRAIN
     with pytest.raises(MegactxError, match=r"val split .* has 200 tokens .* block_size of 200 needs at least 201"):
         WindowLoader(bundle, "val", 2, VAL, seed=0)
+    with pytest.raises(MegactxError, match="block_size of 199 needs at least 202"):
+        WindowLoader(bundle, "val", 2, VAL - 1, seed=0, steps=3)
 
 
 @pytest.mark.parametrize(
@@ -96,5 +98,10 @@ def test_bad_arguments_are_named(bundle: Bundle, changes: dict[str, int], messag
     arguments = {"batch_size": 2, "block_size": 8, "seed": 0} | changes
     with pytest.raises(ValueError, match=message):
         WindowLoader(bundle, "train", **arguments)
+    for place in ({"rank": 2, "world_size": 2}, {"rank": -1}):
+        with pytest.raises(ValueError, match="rank must lie in 0"):
+            WindowLoader(bundle, "train", 2, 8, 0, **place)
+    with pytest.raises(MegactxError, match="steps must be at most block_size = 8, got 9"):
+        WindowLoader(bundle, "train", 2, 8, 0, steps=9)
     with pytest.raises(ValueError, match="batch index"):
         WindowLoader(bundle, "train", 2, 8, 0).batch(-1)

@@ -18,6 +18,7 @@ from megactx import inspect as inspect_command
 from megactx import prepare
 from megactx.data import Bundle, derive_tokens, tokenizers
 from megactx.data.derive import DerivedSpec, derive
+from megactx.data.shards import ShardSet
 from megactx.errors import MegactxError
 
 CODE = "def f(x):\n    return [x, 'é']  # (\n" * 30
@@ -328,3 +329,116 @@ def test_inspect_recomputes_derived_contexts(out: Path, code: Path, verify: list
         file.write_text(json.dumps(data))
     with pytest.raises(MegactxError, match=r"'depth' does not follow from 'text': [\d,]+ of [\d,]+ tokens differ"):
         run_inspect(out, *verify)
+
+
+# -- shards ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "char"])
+def test_text_in_shards(tmp_path: Path, out: Path, code: Path, tokenizer: str) -> None:
+    second = tmp_path / "second.py"
+    second.write_text("return 1\n")
+    bundle = run_prepare(out, "--input_file", code, second, "--tokenizer", tokenizer, "--shards",
+                         "--tokens_per_shard", "500", "--main_name", "code")  # fmt: skip
+    assert isinstance(bundle, ShardSet)
+    assert text_of(bundle, "code") == CODE + "\0return 1\n"
+    assert [shard.tokens for shard in bundle.shards("train")[:-1]] == [500] * (bundle.length("train") // 500)
+    assert bundle.context("code").load_tokenizer().decode([bundle.delimiter]) == "\0"
+    assert (out / "train_000000.bin").read_bytes()[:12] == np.array([20240520, 1, 500], "<i4").tobytes()
+    plain = run_prepare(tmp_path / "plain", "--input_file", code, second, "--tokenizer", tokenizer)
+    assert bundle.contexts[0].entropy == plain.contexts[0].entropy
+    run_inspect(out)
+
+
+@pytest.mark.usefixtures("tiny_encoding")
+def test_documents_without_an_end_of_text_token_are_joined_by_nul(tmp_path: Path, out: Path, code: Path) -> None:
+    second = tmp_path / "second.py"
+    second.write_text("return 1\n")
+    bundle = run_prepare(out, "--input_file", code, second, "--tokenizer", "gpt2", "--shards")
+    assert isinstance(bundle, ShardSet)
+    assert bundle.delimiter == 0
+    assert text_of(bundle) == CODE + "\0return 1\n"
+
+
+def test_documents_begin_with_the_end_of_text_token(
+    tmp_path: Path, out: Path, code: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the shards of the speed-run family, so that a model trained on those can be trained on ours."""
+    ranks = {bytes([i]): i for i in range(256)}
+    encoding = tiktoken.Encoding(
+        "gpt2", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256}
+    )
+    tokenizers._tiktoken_encoding.cache_clear()
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
+    second = tmp_path / "second.py"
+    second.write_text("return 1\n")
+    bundle = run_prepare(out, "--input_file", code, second, "--tokenizer", "gpt2", "--shards")
+    tokenizers._tiktoken_encoding.cache_clear()
+    assert isinstance(bundle, ShardSet)
+    assert bundle.delimiter == 256
+    expected = [256, *CODE.encode(), 256, *b"return 1\n"]
+    assert whole(bundle, "text").tolist() == expected
+
+
+def test_one_context_of_a_bundle_becomes_shards(tmp_path: Path, out: Path, code: Path) -> None:
+    run_prepare(out, "--input_file", code, "--contexts", "kind", "column")
+    shards = run_prepare(tmp_path / "kind", "--from_folders", out / "kind", "--shards")
+    assert isinstance(shards, ShardSet)
+    assert (whole(shards, "kind") == whole(Bundle.open(out), "kind")).all()
+    assert shards.delimiter is None
+    run_inspect(tmp_path / "kind")
+    with pytest.raises(MegactxError, match=r"shards hold one context, got 3 \(text, kind, column\)"):
+        run_prepare(tmp_path / "all", "--from_folders", out, "--shards")
+    with pytest.raises(MegactxError, match="context 'column' is numeric"):
+        run_prepare(tmp_path / "column", "--from_folders", out / "column", "--shards")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shards", "--contexts", "kind"], "--shards holds one context"),
+        (["--tokens_per_shard", "100"], "--tokens_per_shard needs --shards"),
+        (["--shards", "--tokens_per_shard", "0"], "tokens_per_shard must lie in 1..2147483647, got 0"),
+        (["--shards", "--tokens_per_shard", "-5"], "tokens_per_shard must lie in"),
+    ],
+)
+def test_bad_arguments_of_shards(out: Path, code: Path, arguments: list[str], message: str) -> None:
+    with pytest.raises(MegactxError, match=message):
+        run_prepare(out, "--input_file", code, *arguments)
+    assert not out.exists()
+
+
+def test_a_wide_vocabulary_is_refused_before_the_text_is_read(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    special = {"<|end|>": 70_000}
+    ranks = {bytes([i]): i for i in range(256)}
+    encoding = tiktoken.Encoding("wide", pat_str=r".", mergeable_ranks=ranks, special_tokens=special)
+    tokenizers._tiktoken_encoding.cache_clear()
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
+    with pytest.raises(MegactxError, match="'text' has 70,001 symbols, and the uint16 ids of shards hold 65,536"):
+        run_prepare(out, "--input_file", out / "nowhere", "--tokenizer", "wide", "--shards")
+    tokenizers._tiktoken_encoding.cache_clear()
+
+
+def test_inspect_of_shards_and_of_one(out: Path, code: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_prepare(out, "--input_file", code, "--shards", "--tokens_per_shard", "700")
+    assert "2 training and 1 validation shards" in capsys.readouterr().out
+    run_inspect(out, "--sample", "20")
+    printed = capsys.readouterr().out
+    assert "train_000000.bin: 700 tokens" in printed
+    assert "text def f(x):↵    return" in printed
+    assert "intact" in printed
+    run_inspect(out / "train_000000.bin", "--sample", "4")
+    printed = capsys.readouterr().out
+    assert "700 tokens of uint16" in printed
+    assert f"largest id {max(CODE.encode()[:700])}" in printed
+    assert "begins with 100 101 102 32" in printed
+    data = bytearray((out / "train_000001.bin").read_bytes())
+    data[1030] ^= 1
+    (out / "train_000001.bin").write_bytes(data)
+    run_inspect(out / "train_000001.bin")  # nothing says what it should hold
+    with pytest.raises(MegactxError, match=r"train_000001\.bin does not match its recorded SHA-256"):
+        run_inspect(out)
+    (out / "train_000001.bin").write_bytes(data[:-3])
+    for path in (out, out / "train_000001.bin"):
+        with pytest.raises(MegactxError, match=r"train_000001\.bin holds .* its end is missing"):
+            run_inspect(path)

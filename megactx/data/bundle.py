@@ -26,6 +26,7 @@ from megactx.files import read_json, sha256_of
 
 FORMAT, VERSION = "megactx-bundle", 1
 MANIFEST, META = "manifest.json", "meta.json"
+SHARDS = "shards.json"  # in its place: a folder of shards (`megactx.data.shards`)
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 Array = NDArray[Any]
@@ -44,7 +45,8 @@ class ContextInfo:
 
     `vocab_size` is the number of codes of a numeric context. `tokenizer` goes to `tokenizer_from_json`. `derived` is
     None or `{"from": main context, "function": ..., "args": {...}}`. `entropy` holds nats (`unigram`, `bigram`) and
-    `_bits` of the training split, for numeric contexts also `variance` in raw units.
+    `_bits` of the training split, for numeric contexts also `variance` in raw units; it is empty where nobody
+    counted (shards of others).
     """
 
     name: str
@@ -72,6 +74,8 @@ class ContextInfo:
             raise MegactxError(f"context {name!r}: the manifest entry lacks or does not know {', '.join(wrong)}")
         for path, kinds in _ENTRY.items():
             _check_entry(name, data, path, kinds)
+        for measure in data["entropy"]:
+            _check_entry(name, data, f"entropy.{measure}", (int, float))
         if data["numeric"] is not None:
             for field in fields(NumericScale):
                 _check_entry(name, data, f"numeric.{field.name}", (int, float))
@@ -99,8 +103,7 @@ _ENTRY: dict[str, tuple[type, ...]] = {
     "tokens.val": (int,),
     "sha256.train": (str,),
     "sha256.val": (str,),
-    "entropy.unigram": (int, float),
-    "entropy.bigram": (int, float),
+    "entropy": (dict,),
 }
 
 
@@ -194,7 +197,7 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | Path, *, names: Sequence[str] | None = None, verify: bool = False) -> Bundle:
-        """Open a bundle folder; `names` picks contexts and their order.
+        """Open a bundle folder, or a folder of shards; `names` picks contexts and their order.
 
         Sizes are always checked. `verify` also reads every file: content hashes and the largest id. All damage is
         named in one MegactxError.
@@ -202,6 +205,10 @@ class Bundle:
         path = Path(path)
         if not path.is_dir():
             raise MegactxError(f"no dataset bundle at {path}: expected a folder written by 'megactx prepare'")
+        if (path / SHARDS).is_file():
+            from megactx.data.shards import ShardSet  # it builds on this module
+
+            return ShardSet.open(path, names=names, verify=verify)
         manifest = read_json(path / MANIFEST)
         try:
             contexts = contexts_from_manifest(manifest)

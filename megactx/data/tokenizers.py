@@ -26,6 +26,7 @@ from megactx.errors import MegactxError
 Ids = NDArray[Any]
 
 _CONTROL_GLYPHS = {"\n": "↵", "\t": "→", "\r": "␍", "\0": "␀", "\x0c": "␌"}
+_UNKNOWN = "\ufffd".encode()
 
 
 @runtime_checkable
@@ -157,46 +158,69 @@ def _code_points(text: str) -> Ids:
 
 
 class TiktokenTokenizer:
-    """One of tiktoken's byte-pair encodings. Special tokens are ordinary text here: a corpus cannot inject them."""
+    """One of tiktoken's byte-pair encodings. Special tokens are ordinary text here: a corpus cannot inject them.
+
+    `vocab_size` may be larger than the encoding: a vocabulary padded for speed (GPT-2's 50,257 to 50,304). A model may
+    draw such an id before it has learned that nothing uses them; it shows as U+FFFD.
+    """
 
     kind = "tiktoken"
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, vocab_size: int | None = None) -> None:
         self.name = name
         self._encoding = _tiktoken_encoding(name)
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self._encoding.n_vocab)
+        used = int(self._encoding.n_vocab)
+        self.vocab_size = used if vocab_size is None else vocab_size
+        if self.vocab_size < used:
+            raise MegactxError(f"vocab_size {vocab_size} is less than the {used} of the tiktoken encoding {name!r}")
 
     def encode(self, text: str) -> Ids:
         to_utf8(text)  # an undecodable symbol is named here, with its position
         return np.asarray(self._encoding.encode_ordinary(text), dtype=np.int64)
 
     def decode(self, ids: ArrayLike) -> str:
-        text, _ = self.text_and_starts(ids)
+        array = _checked(ids, self.vocab_size, "tiktoken")
+        if (array >= self._encoding.n_vocab).any():
+            return b"".join(self._shown(array)).decode("utf-8", "replace")
+        text, _ = self.text_and_starts(array)
         return text.decode("utf-8", "replace")
 
     def glyphs(self, ids: ArrayLike) -> str:
-        text, starts = self.text_and_starts(ids)
-        return "".join(_glyph(piece.decode("utf-8", "replace")[:1]) for piece in _pieces(text, starts))
+        pieces = self._shown(_checked(ids, self.vocab_size, "tiktoken"))
+        return "".join(_glyph(piece.decode("utf-8", "replace")[:1]) for piece in pieces)
 
     def text_and_starts(self, ids: ArrayLike) -> tuple[bytes, Ids]:
-        array = _checked(ids, self.vocab_size, "tiktoken")
+        array = _checked(ids, self._encoding.n_vocab, "tiktoken")
         lengths = self._lengths[array]
         if (lengths == 0).any():
             at = int((lengths == 0).argmax())
             raise MegactxError(f"id {int(array[at])} at position {at} is not in use in the encoding {self.name!r}")
         return self._encoding.decode_bytes(array.tolist()), np.cumsum(lengths) - lengths
 
+    @property
+    def end_of_text(self) -> int | None:
+        """The special token that stands between documents, None where the encoding has none."""
+        try:
+            return int(self._encoding.eot_token)
+        except KeyError:
+            return None
+
     def to_json(self) -> dict[str, Any]:
-        return {"kind": "tiktoken", "name": self.name}
+        padded = {"vocab_size": self.vocab_size} if self.vocab_size != self._encoding.n_vocab else {}
+        return {"kind": "tiktoken", "name": self.name, **padded}
+
+    def _shown(self, ids: Ids) -> list[bytes]:
+        """The bytes of each token, those of U+FFFD for the padding."""
+        used = ids < self._encoding.n_vocab
+        text, starts = self.text_and_starts(ids[used])
+        pieces = iter(_pieces(text, starts))
+        return [next(pieces) if known else _UNKNOWN for known in used.tolist()]
 
     @functools.cached_property
     def _lengths(self) -> Ids:
         """Bytes of each token, 0 for the gaps some encodings have in their ids."""
-        lengths = np.zeros(self.vocab_size, np.int64)
-        for i in range(self.vocab_size):
+        lengths = np.zeros(self._encoding.n_vocab, np.int64)
+        for i in range(lengths.size):
             with contextlib.suppress(KeyError):
                 lengths[i] = len(self._encoding.decode_single_token_bytes(i))
         return lengths
@@ -354,7 +378,7 @@ def tokenizer_from_json(data: dict[str, Any]) -> Tokenizer:
             case "char":
                 return CharTokenizer(data["chars"])
             case "tiktoken":
-                return TiktokenTokenizer(data["name"])
+                return TiktokenTokenizer(data["name"], data.get("vocab_size"))
             case "labels":
                 return LabelTokenizer(data["names"], data["display"])
             case "integer":

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from megactx.data.bundle import (
     FORMAT,
     MANIFEST,
     META,
+    SHARDS,
     SPLITS,
     VERSION,
     ContextInfo,
@@ -70,15 +71,22 @@ def write_bundle(
 ) -> dict[str, Any]:
     """Write the bundle and return its manifest. An existing bundle is replaced only with `overwrite`, and only once
     the new one is complete; a folder that holds anything else is never touched."""
-    path = Path(path)
     check_contexts(contexts)
+    return write_folder(path, lambda folder: _write_folder(folder, contexts, source), overwrite=overwrite)
+
+
+def write_folder(
+    path: str | Path, write: Callable[[Path], dict[str, Any]], *, overwrite: bool = False
+) -> dict[str, Any]:
+    """`path` as `write` makes it, which is given a folder to create beside it; that is then renamed into place."""
+    path = Path(path)
     workshop = path.resolve().parent / f".{path.resolve().name}.preparing"
     try:
         with lock(workshop, "out_dir"):
             try:
                 _recover(workshop, path)
                 check_target(path, overwrite=overwrite)
-                manifest = _write_folder(workshop / "new", contexts, source)
+                manifest = write(workshop / "new")
                 _move_into_place(workshop, path)
             finally:
                 if not (workshop / "old").exists():
@@ -108,7 +116,7 @@ def check_target(path: Path, *, overwrite: bool) -> None:
     if not path.is_dir() or path.is_symlink():
         raise MegactxError(f"{path} exists and is not a folder")
     if any(path.iterdir()):
-        if not (path / MANIFEST).is_file():
+        if not any((path / name).is_file() for name in (MANIFEST, SHARDS)):
             raise MegactxError(f"{path} exists and is not a dataset bundle: choose another folder")
         if not overwrite:
             raise MegactxError(f"{path} holds a dataset bundle already: use --overwrite to replace it")
