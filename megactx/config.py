@@ -17,6 +17,7 @@ Activation = Literal["gelu", "relu2", "silu", "swiglu"]
 Position = Literal["simple", "gaussian", "gaussian_alibi", "gaussian_lod2d", "gaussian_lod2d_alibi", "learned", "none"]
 Sigma = Literal["uniform", "power"]
 AlibiRule = Literal["press", "geometric"]
+MTPHeads = Literal["shared", "parallel", "sequential"]
 
 # What each setting of the rotation is read by: the kinds with this word in them. "rope_base" is free to be set where
 # nothing is turned, as it was before the other kinds came: a checkpoint may hold it.
@@ -25,6 +26,8 @@ _READ_BY = {"rope_sigma": "gaussian", "lod_block_size": "gaussian", "lod_pairs":
 # What keeps a standardised value, and its square, finite and its code exact in float32, the model's arithmetic.
 _MAX_CODES = 2**24
 _STD_RANGE = (1e-6, 1e12)
+
+_MAX_MTP_STEPS = 8
 
 
 def _check_int(field: str, value: object, minimum: int, maximum: int | None = None) -> None:
@@ -112,6 +115,11 @@ class GPTConfig:
 
     `context_weights` are the weights of the per-context losses, in the order of `contexts`; they are normalised to sum
     to 1, None weighs all alike.
+
+    `mtp_steps` K, 1 to 8: how many tokens ahead the model is trained to predict (multi-token prediction); 1 is the next
+    one alone. `mtp_heads` says what answers from the second step on: "shared" the logits of the next token, so that no
+    step has a distribution of its own to draft tokens from; "parallel" a block of its own on top of the last one;
+    "sequential" a chain of blocks, each given one more of the true tokens.
     """
 
     contexts: tuple[ContextConfig, ...]
@@ -138,6 +146,8 @@ class GPTConfig:
     use_flash_lobo_per_head: bool = False
     flash_lobo_log_const: float = 0.0
     flash_lobo_fixed: bool = False
+    mtp_steps: int = 1
+    mtp_heads: MTPHeads = "shared"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "contexts", tuple(self.contexts))
@@ -164,6 +174,7 @@ class GPTConfig:
                 raise TypeError(f"{field} must be True or False, got {getattr(self, field)!r}")
         self._check_position()
         self._check_flash_lobo()
+        self._check_mtp()
 
     def _check_position(self) -> None:
         _check_choice("position", self.position, get_args(Position))
@@ -195,6 +206,17 @@ class GPTConfig:
                 raise ValueError(f"{field} must not be set without use_flash_lobo, got {getattr(self, field)}")
         if self.flash_lobo_fixed and self.use_flash_lobo_per_head:
             raise ValueError("flash_lobo_fixed must not be set with use_flash_lobo_per_head: one is for all heads")
+
+    def _check_mtp(self) -> None:
+        _check_int("mtp_steps", self.mtp_steps, 1, _MAX_MTP_STEPS)
+        _check_choice("mtp_heads", self.mtp_heads, get_args(MTPHeads))
+        if self.mtp_steps > self.block_size:
+            raise ValueError(f"mtp_steps must be at most block_size = {self.block_size}, got {self.mtp_steps}")
+        if self.mtp_steps > 1 and not self.vocab_sizes:
+            expected = "1 without a categorical context, as a numeric one has one step"
+            raise ValueError(f"mtp_steps must be {expected}, got {self.mtp_steps}")
+        if self.mtp_heads != "shared" and self.mtp_steps == 1:
+            raise ValueError(f"mtp_heads must be 'shared' where mtp_steps = 1, got {self.mtp_heads!r}")
 
     def _check_contexts(self) -> None:
         if not self.contexts:

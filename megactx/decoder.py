@@ -162,7 +162,8 @@ class Decoder:
         self.length = 0
         self._cost = math.inf
         if self.device.type == "cpu":
-            self._cost = batch_size * sum(parameter.numel() for parameter in model.parameters())
+            unread = sum(parameter.numel() for parameter in model.mtp_blocks.parameters())
+            self._cost = batch_size * (sum(parameter.numel() for parameter in model.parameters()) - unread)
         with torch.inference_mode(), self._undisturbed(1):
             blocks = [block for block in model.blocks if isinstance(block, Block)]
             self.layers = [_Layer(block, dtype) for block in blocks]

@@ -6,95 +6,61 @@ segment of the head. With one categorical context this is an ordinary GPT, numbe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megactx.config import GPTConfig, check_names
-from megactx.kernels import mtp_cross_entropy
-from megactx.nn.attention import CausalSelfAttention
+from megactx.block import Block, init_blocks
+from megactx.config import GPTConfig
+from megactx.heads import Ahead, Places, make_heads, own_rows, parallel, sequential, step_weights, tail
+from megactx.kernels._runtime import check_like, check_number, check_shape, check_tensor
 from megactx.nn.constants import WithConstants
 from megactx.nn.embedding import NumericEmbedding, NumericHead, PackedEmbedding, PackedHead
-from megactx.nn.mlp import MLP
+from megactx.nn.mtp import LinearMTPCrossEntropyLoss
 from megactx.nn.norm import RMSNorm
+from megactx.tokens import (
+    IGNORE_INDEX,
+    Tokens,
+    check_ids,
+    check_places,
+    check_targets,
+    is_targets_dict,
+    pack_targets,
+    pack_targets_dict,
+    pack_tokens,
+)
 
-Tokens = Mapping[str, Tensor] | Sequence[Tensor] | Tensor
-IGNORE_INDEX = -1
+__all__ = ["GPT", "IGNORE_INDEX", "Block", "GPTOutput", "Tokens"]
 
 
 class GPTOutput(NamedTuple):
     """What a forward pass gives.
 
     `logits`: per context name, `[B, T, V_c]` for categorical contexts and the standardised prediction `[B, T]` for
-    numeric ones (T = 1 where only the last position was asked for). `loss`: float32 scalar, None without targets.
-    `context_losses`: float32 `[C]` in the config's order, detached; nats for categorical contexts, squared standard
-    deviations for numeric ones.
+    numeric ones (T = 1 where only the last position was asked for); empty where none were asked for. `loss`: float32
+    scalar, None without targets, as are the others. `context_losses`: float32 `[C]` in the config's order, detached:
+    of the next token alone, nats for categorical contexts, squared standard deviations for numeric ones.
+    `step_losses`: float32 `[C, K]`, detached, the same for each step ahead; of a numeric context the first, then 0.
     """
 
     logits: dict[str, Tensor]
     loss: Tensor | None
     context_losses: Tensor | None
+    step_losses: Tensor | None = None
 
 
-class Block(nn.Module):
-    """Pre-norm: `x + attention(norm(x))`, then `x + mlp(norm(x))`."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.attention_norm = RMSNorm(config.n_embd, config.norm_eps)
-        self.attention = CausalSelfAttention(
-            config.n_embd,
-            config.n_head,
-            config.n_kv_head,
-            position=config.position,
-            qk_norm=config.qk_norm,
-            norm_eps=config.norm_eps,
-            dropout=config.dropout,
-            sinks=_sinks(config),
-            log_const=config.flash_lobo_log_const,
-            **_rope_settings(config),
-        )
-        self.mlp_norm = RMSNorm(config.n_embd, config.norm_eps)
-        self.mlp = MLP(config.n_embd, config.activation, config.dropout)
-
-    def forward(
-        self,
-        x: Tensor,
-        positions: Tensor | None = None,
-        lods: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
-    ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), positions, lods, key_padding_mask)
-        return x + self.mlp(self.mlp_norm(x))
-
-
-def _sinks(config: GPTConfig) -> Literal["layer", "head", "fixed"] | None:
-    if not config.use_flash_lobo:
-        return None
-    return "fixed" if config.flash_lobo_fixed else "head" if config.use_flash_lobo_per_head else "layer"
-
-
-def _rope_settings(config: GPTConfig) -> dict[str, Any]:
-    """The settings of the blocks' `GaussianRoPE`, none where nothing is turned."""
-    if not config.rotary:
-        return {}
-    return {
-        "base": config.rope_base,
-        "sigma": config.rope_sigma,
-        "block_size": config.lod_block_size,
-        "lod_pairs": config.lod_pairs,
-        "slopes_rule": config.alibi_rule,
-    }
+# `(logits, loss)` or `(logits, (main loss, auxiliary loss))`: see `GPT.forward` on `targets_dict`.
+Pair = tuple[Tensor | dict[str, Tensor] | None, Tensor | tuple[Tensor, Tensor | None]]
 
 
 class GPT(WithConstants):
     """A decoder over the contexts of `config`. See `forward` for the three ways to hand it tokens."""
 
     limits: Tensor
+    mtp_weight: Tensor
     categorical_index: Tensor
     numeric_index: Tensor
     numeric_scales: Tensor
@@ -120,8 +86,29 @@ class GPT(WithConstants):
         self.head = PackedHead(config.vocab_sizes, config.n_embd) if separate else None
         self.numeric_head = NumericHead(len(numeric), config.n_embd, hidden, layers) if numeric else None
 
+        # Both are given the head's weight at each call, and have none that a state dict would hold.
+        self.criterion = self._criterion("mean") if self.categorical else None
+        self.entries = self._criterion("none") if self.categorical else None
+
+        self._mtp_weight = 0.1
         self.set_constants()
-        self._init_weights()
+        # Embeddings and numeric MLPs have set themselves up. The heads come last: one seed makes one trunk.
+        init_blocks(self.blocks, config.n_layer)
+        if self.position_embedding is not None:
+            nn.init.normal_(self.position_embedding, std=0.02)
+        self.mtp_blocks = make_heads(config)
+
+    def _criterion(self, reduction: str) -> LinearMTPCrossEntropyLoss:
+        sizes = self.config.vocab_sizes
+        return LinearMTPCrossEntropyLoss(
+            self.config.n_embd,
+            sum(sizes),
+            tied=True,
+            vocab_sizes=sizes,
+            context_weights=[self.config.loss_weights[i] for i in self.categorical],
+            ignore_index=IGNORE_INDEX,
+            reduction=reduction,
+        )
 
     def constants(self, device: torch.device | None) -> dict[str, Tensor]:
         """Small facts about the contexts; `numeric_scales` float32 `[3, numeric contexts]`: mean, std, loss weight."""
@@ -129,23 +116,21 @@ class GPT(WithConstants):
         scales = [[contexts[i].mean, contexts[i].std, weights[i]] for i in self.numeric]
         rows = torch.tensor(scales, dtype=torch.float32, device=device).reshape(-1, 3)
         return {
+            "mtp_weight": torch.full((), self._mtp_weight, dtype=torch.float32, device=device),
             "limits": torch.tensor([context.vocab_size for context in contexts], device=device),
             "categorical_index": torch.tensor(self.categorical, dtype=torch.int64, device=device),
             "numeric_index": torch.tensor(self.numeric, dtype=torch.int64, device=device),
             "numeric_scales": rows.T.contiguous(),
         }
 
-    def _init_weights(self) -> None:
-        """N(0, 0.02), and 1/sqrt(2L) of it where a matrix writes to the residual stream: 2L such sums then keep the
-        variance of one (GPT-2). Embeddings and numeric MLPs have set themselves up."""
-        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
-        for block in self.blocks:
-            for name, parameter in block.named_parameters():
-                if parameter.dim() == 2:
-                    std = residual_std if name in ("attention.out.weight", "mlp.down.weight") else 0.02
-                    nn.init.normal_(parameter, std=std)
-        if self.position_embedding is not None:
-            nn.init.normal_(self.position_embedding, std=0.02)
+    def set_mtp_weight(self, value: float) -> None:
+        """What the losses of the steps 2 to K weigh together, 0.1 at first; a compiled model goes on with the new value
+        without compiling again, and no queue is waited for. A checkpoint does not hold it: it belongs to a schedule."""
+        value = float(check_number("mtp_weight", value, ">= 0 and finite"))
+        if value < 0:
+            raise ValueError(f"mtp_weight must be >= 0 and finite, got {value!r}")
+        self._mtp_weight = value
+        self.mtp_weight.fill_(value)
 
     def forward(
         self,
@@ -157,12 +142,19 @@ class GPT(WithConstants):
         key_padding_mask: Tensor | None = None,
         token_order: Sequence[str] | None = None,
         last_only: bool | None = None,
-    ) -> GPTOutput:
-        """Predict the next symbol of every context.
+        counts: Tensor | None = None,
+        return_logits: bool | None = None,
+        targets_dict: Mapping[str, Tensor] | None = None,
+        return_loss_components: bool = False,
+    ) -> GPTOutput | Pair:
+        """Predict the next symbols of every context.
 
         `tokens`: a mapping from context name to integer `[B, T]`; or a list of such tensors with their names in
-        `token_order`; or one packed tensor `[B, T, C]`, in the config's order unless `token_order` says otherwise.
-        `targets`: the same three forms, -1 is ignored. `last_only` runs the heads on the last position alone; by
+        `token_order`; or one packed tensor `[B, T, C]`, in the config's order unless `token_order` says otherwise, or
+        `[B, T]` of a single context. `targets`: the same three forms, with a last dimension K more where there are
+        several steps: entry k is the target k + 1 positions ahead, -1 is ignored. Fewer than `mtp_steps` will do.
+        `last_only` runs the heads on the last position alone; by default exactly where there are no targets.
+        `return_logits` gives them with a loss too, which then holds `[B * T, sum of vocabularies]` in memory; by
         default exactly where there are no targets.
 
         `positions`, `lods`: int32 or int64, `[T]` for all rows alike or `[B, T]`: where each token stands, by default
@@ -171,33 +163,95 @@ class GPT(WithConstants):
         tokens there are, not where they stand. `key_padding_mask` bool `[B, T]`: False hides a token from all others;
         it is for the caller to give such tokens the target -1, and to pad on the left where the last position counts.
 
-        The loss is the weighted mean over contexts of cross-entropy (categorical) or squared error of the standardised
-        value (numeric), in float32 whatever the model's type (float64 for a double one). ValueError: a missing, unknown
-        or repeated context, an id or a target outside its vocabulary, no position at all, more than `block_size`, or
-        positions, lods or a mask of another shape or with no use for them.
+        The loss is sum_c cw_c sum_k sw_k mean CE(c, k), over the contexts' weights and the steps' (1, w / (K - 1), ...)
+        with w = `mtp_weight`; of a numeric context, the squared error of the standardised value one step ahead. It is
+        float32 whatever the model's type (float64 for a double one). `counts` `[C, K]`: what the means divide by, where
+        this call sees a part of a batch; the losses of the parts, and their gradients, then sum to the batch's.
+
+        Sequential heads are given the true tokens between, those behind the last one from its targets: where one of
+        these is ignored, so are the targets that would need it (`counts` must leave them out).
+
+        `targets_dict` `{"target_k": [B, T]}`, also in the place of `targets`, is the other form of a call: it returns
+        `(logits, loss)`, or with `return_loss_components` `(logits, (main, auxiliary))`, whose second is the mean over
+        the steps from 2 on without its weight, None where there are none. Logits are a tensor where there is one
+        context, and None where `return_logits` is False (here its default is True).
+
+        ValueError or TypeError: a missing, unknown or repeated context, an id or a target outside its vocabulary, no
+        position at all, more than `block_size`, more steps than `mtp_steps`, or positions, lods, a mask or counts of
+        another shape or with no use for them.
         """
+        if targets_dict is None and is_targets_dict(targets, self.config.names):
+            targets, targets_dict = None, targets
         packed = self.pack(tokens, token_order)
-        _, length, _ = packed.shape
+        wanted = self._targets(packed, targets, targets_dict, token_order)
+        self._check(packed, wanted, last_only, counts, return_logits)
+        if return_loss_components and targets_dict is None:
+            raise ValueError("return_loss_components must be False without targets_dict: step_losses holds them")
+        check_places(packed, self.config, positions, lods, key_padding_mask)
+        if return_logits is None:
+            return_logits = wanted is None or targets_dict is not None
+
+        x, wanted = self._states(packed, wanted, positions, lods, key_padding_mask)
+        x = self.norm(x[:, :, -1:] if wanted is None and last_only in (None, True) else x)
+        scaled = None if self.numeric_head is None else self.numeric_head(x[0])
+        weight = self.head_weight  # read here, inside the forward call, where FSDP has gathered it
+        logits = {}
+        if return_logits:
+            logits = dict(self._named(None if weight is None else F.linear(x[0], weight), scaled))
+        if wanted is None:
+            return GPTOutput(logits, None, None)
+        loss, means = self._loss(x, weight, scaled, wanted, counts, by_step=return_loss_components)
+        if targets_dict is None:
+            return GPTOutput(logits, loss, means[:, 0], means)
+        named = next(iter(logits.values())) if len(logits) == 1 else logits or None
+        if not return_loss_components:
+            return named, loss
+        return named, (loss[0], loss[1:].mean() if len(loss) > 1 else None)
+
+    def _targets(
+        self,
+        packed: Tensor,
+        targets: Tokens | None,
+        targets_dict: Mapping[str, Tensor] | None,
+        token_order: Sequence[str] | None,
+    ) -> Tensor | None:
+        """The targets of either form, `[B, T, C, K]`, checked where the loss would not do it, or would too late."""
+        if targets_dict is not None:
+            if targets is not None:
+                raise ValueError("targets must be None where targets_dict is given")
+            wanted = pack_targets_dict(targets_dict, self.config.names)
+        elif targets is not None:
+            wanted = pack_targets(targets, self.config, token_order)
+        else:
+            return None
+        check_targets(wanted, packed, self.config.mtp_steps)
+        if self.numeric or self.mtp_blocks:
+            self.check_ids(wanted, "targets")
+        return wanted
+
+    def _check(
+        self,
+        packed: Tensor,
+        targets: Tensor | None,
+        last_only: bool | None,
+        counts: Tensor | None,
+        return_logits: bool | None,
+    ) -> None:
+        length = packed.shape[1]
         if length == 0:
             raise ValueError("tokens must hold at least one position, got T = 0")
         if length > self.config.block_size:
             raise ValueError(f"tokens hold {length} positions, more than block_size = {self.config.block_size}")
-        last_only = targets is None if last_only is None else last_only
         if last_only and targets is not None:
             raise ValueError("last_only must not be True when targets are given: the loss needs every position")
+        if return_logits is False and targets is None:
+            raise ValueError("return_logits must not be False without targets: there is nothing else to return")
+        if counts is not None:
+            if targets is None:
+                raise ValueError("counts must be None without targets: there is no mean to divide")
+            check_shape("counts", check_tensor("counts", counts, 2), targets.shape[2:])
+            check_like("counts", counts, "tokens", packed, dtype=False)
         self.check_ids(packed)
-        self._check_places(packed, positions, lods, key_padding_mask)
-
-        x = self.hidden(packed, positions, lods, key_padding_mask)
-        x = self.norm(x[:, -1:] if last_only else x)
-        weight = self.head_weight
-        flat = None if weight is None else F.linear(x, weight)
-        scaled = None if self.numeric_head is None else self.numeric_head(x)
-        logits = dict(self._named(flat, scaled))
-        if targets is None:
-            return GPTOutput(logits, None, None)
-        loss, context_losses = self._loss(flat, scaled, self.pack(targets, token_order, "targets"), packed)
-        return GPTOutput(logits, loss, context_losses)
 
     @property
     def head_weight(self) -> Tensor | None:
@@ -206,24 +260,41 @@ class GPT(WithConstants):
             return self.head.weight
         return None if self.embedding is None else self.embedding.weight
 
-    def hidden(
-        self,
-        packed: Tensor,
-        positions: Tensor | None = None,
-        lods: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
-    ) -> Tensor:
-        """The residual stream after the last block, before the final norm: `[B, T, C]` to `[B, T, E]`. Nothing is
-        checked here; the arguments are those of `forward`."""
-        x = self.embed(packed)
+    def hidden(self, embedded: Tensor, positions: Tensor | None = None, places: Places | None = None) -> Tensor:
+        """The residual stream after the last block, before the final norm, from summed embeddings: `[B, T, E]` to the
+        same. `places` is what the blocks are given, `positions` what a learned table is; nothing is checked here."""
+        x = embedded
         if self.position_embedding is not None:
             table = self.position_embedding
-            x = x + (table[: packed.shape[1]] if positions is None else F.embedding(positions, table))
-        positions, lods = _shared(packed, positions, lods)
+            x = x + (table[: x.shape[1]] if positions is None else F.embedding(positions, table))
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.blocks:
-            x = block(x, positions, lods, key_padding_mask)
+            x = block(x, *(places or ()))
         return x
+
+    def _states(
+        self,
+        packed: Tensor,
+        targets: Tensor | None,
+        positions: Tensor | None,
+        lods: Tensor | None,
+        key_padding_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual streams that the steps are predicted from, `[K, B, T, E]`, or `[1, B, T, E]` where all share
+        one; and the targets that are left for them."""
+        embedded = self.embed(packed)
+        places = Places(*_shared(packed, positions, lods), key_padding_mask)
+        x = self.hidden(embedded, positions, places)
+        steps = 1 if targets is None else targets.shape[-1]
+        if targets is None or steps == 1 or not self.mtp_blocks:
+            return x[None], targets
+        if self.config.mtp_heads == "parallel":
+            return parallel(self.mtp_blocks, x, steps, places), targets
+        ids, known = tail(targets)
+        behind = torch.where(known.unsqueeze(-1), self.embed(ids), 0)
+        read = torch.ones_like(known[:, :1]).expand(-1, packed.shape[1])
+        ahead = Ahead(torch.cat((embedded, behind), dim=1), torch.cat((read, known), dim=1))
+        return sequential(self.mtp_blocks, x, ahead, steps, places), ahead.mask(targets)
 
     def embed(self, packed: Tensor) -> Tensor:
         """The sum of all contexts' embeddings, `[B, T, C]` ids to `[B, T, E]`."""
@@ -242,84 +313,13 @@ class GPT(WithConstants):
         return (codes - mean) / std
 
     def pack(self, tokens: Tokens, token_order: Sequence[str] | None = None, argument: str = "tokens") -> Tensor:
-        """Any of the three forms to one int64 `[B, T, C]` in the config's order; names decide, never positions."""
-        names = self.config.names
-        if isinstance(tokens, Tensor):
-            if tokens.dim() != 3 or tokens.shape[-1] != len(names):
-                raise ValueError(f"{argument} must be [B, T, {len(names)}], got {list(tokens.shape)}")
-            _check_integer(argument, tokens)
-            if token_order is None or tuple(token_order) == names:
-                return tokens.long()
-            check_names(argument, names, token_order)
-            by_name = dict(zip(token_order, tokens.unbind(-1), strict=True))
-            return torch.stack([by_name[name] for name in names], dim=-1).long()
-        if isinstance(tokens, Mapping):
-            by_name = dict(tokens)
-            check_names(argument, names, list(by_name))
-        else:
-            if token_order is None:
-                raise ValueError(f"{argument} given as a list need token_order, the names of its contexts")
-            if len(tokens) != len(token_order):
-                raise ValueError(f"{argument} hold {len(tokens)} tensors, but token_order {len(token_order)} names")
-            check_names(argument, names, token_order)
-            by_name = dict(zip(token_order, tokens, strict=True))
-        first = by_name[names[0]]
-        for name in names:
-            stream = by_name[name]
-            _check_integer(f"{argument} of context {name!r}", stream)
-            if stream.dim() != 2 or stream.shape != first.shape:
-                raise ValueError(
-                    f"{argument} of all contexts must be [B, T] alike: "
-                    f"{names[0]!r} is {list(first.shape)}, {name!r} is {list(stream.shape)}"
-                )
-        return torch.stack([by_name[name] for name in names], dim=-1).long()
+        """Any form of the tokens to one int64 `[B, T, C]` in the config's order; names decide, never positions."""
+        return pack_tokens(tokens, self.config.names, token_order, argument)
 
     def check_ids(self, packed: Tensor, argument: str = "tokens") -> None:
         """Refuse an id outside its own vocabulary: in a packed table it would quietly read the next context's rows,
-        and as a numeric target it would be trained on. `targets` may hold -1, which is ignored.
-
-        On the CPU the answer is there at once and the error says where. On a GPU asking would stall the queue, and
-        inside a compiled graph it would break it: there a device-side assertion is queued instead.
-        """
-        lowest = IGNORE_INDEX if argument == "targets" else 0
-        bad = (packed < lowest) | (packed >= self.limits)
-        if _asynchronous(packed):
-            sizes = ", ".join(f"{c.name!r}: {c.vocab_size}" for c in self.config.contexts)
-            torch._assert_async(~bad.any(), f"{argument} hold an id outside its context's vocabulary ({sizes})")
-        elif bad.any():
-            row, position, index = bad.nonzero()[0].tolist()
-            context = self.config.contexts[index]
-            raise ValueError(
-                f"{argument} of context {context.name!r}: id {int(packed[row, position, index])} at row {row}, "
-                f"position {position} is outside its vocabulary of {context.vocab_size}"
-            )
-
-    def _check_places(
-        self, packed: Tensor, positions: Tensor | None, lods: Tensor | None, key_padding_mask: Tensor | None
-    ) -> None:
-        """Refuse positions, levels of detail and masks that do not fit the tokens, or that nothing would read."""
-        config = self.config
-        batch, length, _ = packed.shape
-        for argument, value in (("positions", positions), ("lods", lods), ("key_padding_mask", key_padding_mask)):
-            if value is None:
-                continue
-            wanted = (torch.bool,) if argument == "key_padding_mask" else (torch.int32, torch.int64)
-            if not isinstance(value, Tensor) or value.dtype not in wanted:
-                kind = " or ".join(str(dtype).removeprefix("torch.") for dtype in wanted)
-                raise TypeError(f"{argument} must be a tensor of {kind}, got {getattr(value, 'dtype', value)!r}")
-            shapes = [(batch, length)] if argument == "key_padding_mask" else [(length,), (batch, length)]
-            if tuple(value.shape) not in shapes:
-                shape = " or ".join(str(list(s)) for s in shapes)
-                raise ValueError(f"{argument} must be {shape} as the tokens are, got {list(value.shape)}")
-        if positions is not None and config.position == "none":
-            raise ValueError('positions must be None where position = "none": nothing would read them')
-        if positions is not None and config.position == "learned":
-            inside = (positions >= 0) & (positions < config.block_size)
-            _require(inside, f"positions must be in the learned table, 0 to {config.block_size - 1}")
-        if lods is not None and not config.rotary:
-            raise ValueError(f"lods must be None where position = {config.position!r}: nothing would read them")
-        if lods is not None:
-            _require(lods >= 0, "lods must be at least 0")
+        and as a numeric target it would be trained on. `targets` may hold -1, which is ignored."""
+        check_ids(packed, self.limits, self.config, argument)
 
     def _named(self, flat: Tensor | None, scaled: Tensor | None) -> Iterator[tuple[str, Tensor]]:
         """Views of the packed outputs under the contexts' names, in the config's order."""
@@ -329,34 +329,53 @@ class GPT(WithConstants):
             yield context.name, next(segments if context.kind == "categorical" else values)
 
     def _loss(
-        self, flat: Tensor | None, scaled: Tensor | None, targets: Tensor, packed: Tensor
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        scaled: Tensor | None,
+        targets: Tensor,
+        counts: Tensor | None,
+        *,
+        by_step: bool,
     ) -> tuple[Tensor, Tensor]:
-        """The weighted mean of the contexts' losses, and those losses one by one."""
-        if targets.shape != packed.shape:
-            raise ValueError(f"targets must have the shape of tokens {list(packed.shape)}, got {list(targets.shape)}")
-        weights = self.config.loss_weights
+        """The loss, or with `by_step` the K parts `[K]` that it is the weighted sum of; and all means, `[C, K]`."""
+        steps = targets.shape[-1]
         dtype = torch.promote_types(self.norm.weight.dtype, torch.float32)
-        total = torch.zeros((), device=packed.device, dtype=dtype)
-        losses = torch.zeros(len(weights), device=packed.device, dtype=dtype)
-        if flat is not None:
-            result = mtp_cross_entropy(
-                flat.flatten(0, 1),
-                targets.index_select(-1, self.categorical_index).flatten(0, 1).unsqueeze(-1),
-                vocab_sizes=self.config.vocab_sizes,
-                context_weights=[weights[i] for i in self.categorical],
-                ignore_index=IGNORE_INDEX,
-            )
-            total = total + result.loss
-            losses = losses.index_copy(0, self.categorical_index, result.per_step[:, 0].to(dtype))
+        loss = torch.zeros(steps if by_step else (), device=targets.device, dtype=dtype)
+        means = torch.zeros(targets.shape[2:], device=targets.device, dtype=dtype)
+        if self.criterion is not None and self.entries is not None:
+            index = self.categorical_index
+            rows = (targets if scaled is None else targets.index_select(2, index)).flatten(0, 1)
+            rows = rows if x.shape[0] == 1 else own_rows(rows)
+            part = counts if counts is None or scaled is None else counts.index_select(0, index)
+            call = (x.flatten(0, 2), rows, weight)
+            if by_step:  # the entries of all steps have one derivative, of which each part takes its own
+                result = self.entries(*call, step_weights=(1.0,) * steps, return_per_step=True)
+                loss = loss + (result.loss.sum(0) / _divisors(rows, part)).sum(0)
+            else:
+                weights = step_weights(self.mtp_weight, steps)
+                result = self.criterion(*call, step_weights=weights, counts=part, return_per_step=True)
+                loss = loss + result.loss
+            means = means.index_copy(0, index, result.per_step.to(dtype))
         if scaled is not None:
-            self.check_ids(targets, "targets")  # the categorical ones were checked by their loss
-            codes = targets.index_select(-1, self.numeric_index).flatten(0, 1)
+            codes = targets[..., 0].index_select(-1, self.numeric_index).flatten(0, 1)
             valid = codes != IGNORE_INDEX
             error = torch.where(valid, scaled.flatten(0, 1) - self.standardise(codes), 0.0)
-            means = error.square().sum(0) / valid.sum(0).clamp(min=1)
-            total = total + (means * self.numeric_scales[2]).sum()
-            losses = losses.index_copy(0, self.numeric_index, means.detach().to(dtype))
-        return total, losses
+            part = None if counts is None else counts[:, 0].index_select(0, self.numeric_index)
+            squared = error.square().sum(0) / _divisors(codes, part)
+            numeric = (squared * self.numeric_scales[2]).sum()
+            loss = loss + (F.pad(numeric[None], (0, steps - 1)) if by_step else numeric)
+            columns = F.pad(squared.detach().to(dtype)[:, None], (0, steps - 1))
+            means = means.index_copy(0, self.numeric_index, columns)
+        return loss, means
+
+
+def _divisors(targets: Tensor, counts: Tensor | None) -> Tensor:
+    """What each mean over the first dimension divides by: `counts`, or how many targets are valid; 1 in place of 0,
+    which makes a mean over nothing 0."""
+    if counts is None:
+        counts = (targets != IGNORE_INDEX).sum(0)
+    return torch.where(counts > 0, counts, 1)
 
 
 def _shared(packed: Tensor, positions: Tensor | None, lods: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -366,22 +385,3 @@ def _shared(packed: Tensor, positions: Tensor | None, lods: Tensor | None) -> tu
         return default, None
     shape = packed.shape[:2]
     return default.expand(shape).contiguous(), None if lods is None else lods.expand(shape).contiguous()
-
-
-def _asynchronous(tensor: Tensor) -> bool:
-    """Whether reading a value would stall a GPU, or break a graph being traced."""
-    return torch.compiler.is_compiling() or tensor.device.type != "cpu"
-
-
-def _require(good: Tensor, message: str) -> None:
-    if _asynchronous(good):
-        torch._assert_async(good.all(), message)
-    elif not good.all():
-        raise ValueError(message)
-
-
-def _check_integer(argument: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{argument} must be a tensor of integers, got {type(tensor).__name__}")
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-        raise TypeError(f"{argument} must be integers, got {tensor.dtype}")

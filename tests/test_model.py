@@ -59,7 +59,7 @@ def plain_gpt(model: GPT, tokens: Tensor) -> Tensor:
 def test_one_categorical_context_is_a_plain_gpt() -> None:
     model = make(TEXT)
     tokens = ids(model)
-    output = model(tokens, tokens)
+    output = model(tokens, tokens, return_logits=True)
     expected = plain_gpt(model, tokens[..., 0])
     torch.testing.assert_close(output.logits["text"], expected, rtol=1e-4, atol=1e-5)
     loss = F.cross_entropy(expected.flatten(0, 1), tokens.flatten())
@@ -70,15 +70,15 @@ def test_any_order_of_the_contexts_gives_the_same_bits() -> None:
     model = make()
     packed = ids(model)
     targets = packed.roll(-1, 1)
-    expected = model(packed, targets)
+    expected = model(packed, targets, return_logits=True)
     names = list(model.config.names)
     for order in (names, names[::-1], [names[1], names[2], names[0]]):
         at = [names.index(name) for name in order]
         streams, wanted = [packed[..., i] for i in at], [targets[..., i] for i in at]
         forms = [
-            model(dict(zip(order, streams, strict=True)), dict(zip(order, wanted, strict=True))),
-            model(streams, wanted, token_order=order),
-            model(packed[..., at], targets[..., at], token_order=order),
+            model(dict(zip(order, streams, strict=True)), dict(zip(order, wanted, strict=True)), return_logits=True),
+            model(streams, wanted, token_order=order, return_logits=True),
+            model(packed[..., at], targets[..., at], token_order=order, return_logits=True),
         ]
         for output in forms:
             assert torch.equal(output.loss, expected.loss)
@@ -92,7 +92,7 @@ def test_the_loss_is_the_weighted_mean_of_the_contexts_losses() -> None:
     tokens = ids(model)
     targets = tokens.roll(-1, 1)
     targets[0, 3:] = -1  # ignored
-    output = model(tokens, targets)
+    output = model(tokens, targets, return_logits=True)
     text, case = (
         F.cross_entropy(output.logits[name].flatten(0, 1), targets[..., i].flatten(), ignore_index=-1)
         for name, i in (("text", 0), ("case", 2))
@@ -108,7 +108,7 @@ def test_the_loss_stays_float32_under_autocast_and_numbers_keep_their_digits() -
     model = make(VALUE, TEXT)
     tokens = ids(model)
     with torch.autocast("cpu", torch.bfloat16):
-        output = model(tokens, tokens)
+        output = model(tokens, tokens, return_logits=True)
     assert output.loss.dtype == output.context_losses.dtype == torch.float32
     assert output.logits["value"].dtype == torch.float32
     embedding = NumericEmbedding(1, 8)

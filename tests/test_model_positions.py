@@ -48,11 +48,11 @@ def places(model: GPT, batch: int = 3, length: int = 9) -> dict[str, Tensor]:
 def test_a_row_with_its_own_places_is_the_same_in_any_batch(position: str, options: dict[str, Any]) -> None:
     model = make(position, **options)
     tokens, where = ids(), places(model)
-    together = model(tokens, tokens, **where)
+    together = model(tokens, tokens, **where, return_logits=True)
     losses = []
     for b in range(3):
         own = {name: value[b] for name, value in where.items()}
-        alone = model(tokens[b : b + 1], tokens[b : b + 1], **own)
+        alone = model(tokens[b : b + 1], tokens[b : b + 1], **own, return_logits=True)
         for name in ("text", "case"):
             torch.testing.assert_close(alone.logits[name][0], together.logits[name][b], rtol=0, atol=1e-5)
         losses.append(alone.loss)
@@ -98,7 +98,7 @@ def test_a_padded_batch_trains_as_its_shorter_rows(position: str, left: bool) ->
     mask = torch.arange(9) < torch.tensor([9, 5, 1])[:, None]
     mask = mask.flip(1) if left else mask
     targets = torch.where(mask[..., None], tokens.roll(-1, 1), -1)
-    padded = model(tokens, targets, **where, key_padding_mask=mask)
+    padded = model(tokens, targets, **where, key_padding_mask=mask, return_logits=True)
     padded.loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
@@ -108,7 +108,7 @@ def test_a_padded_batch_trains_as_its_shorter_rows(position: str, left: bool) ->
         own = {name: value[b][kept] for name, value in where.items()}
         if position == "learned" and not own:
             own = {"positions": torch.arange(9)[kept]}
-        alone = model(tokens[b][kept][None], targets[b][kept][None], **own)
+        alone = model(tokens[b][kept][None], targets[b][kept][None], **own, return_logits=True)
         torch.testing.assert_close(alone.logits["text"][0], padded.logits["text"][b][kept], rtol=0, atol=1e-5)
         total = total + alone.loss * kept.sum() / mask.sum()
         if left:

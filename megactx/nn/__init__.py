@@ -11,7 +11,9 @@ from typing import Any
 _HOME = {
     "CausalSelfAttention": "attention",
     "GaussianRoPE": "rotary",
+    "LinearMTPCrossEntropyLoss": "mtp",
     "MLP": "mlp",
+    "MTPCrossEntropyLoss": "mtp",
     "NumericEmbedding": "embedding",
     "NumericHead": "embedding",
     "PackedEmbedding": "embedding",
