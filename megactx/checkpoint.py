@@ -3,7 +3,7 @@
 One folder a step, `step-00000123/`, holds plain safetensors and JSON, never a pickle:
 
     model.safetensors       parameters                        (fp32 masters)
-    optimizer.safetensors   optimizer moments and RNG states
+    optimizer.safetensors   optimizer moments and the RNG states of each process
     state.json              step, model config, bundle manifest with its tokenizers, run settings
     MANIFEST.json           size and sha256 of the three files above, written last
 

@@ -15,6 +15,6 @@ class Console(rich.console.Console):
         raise BrokenPipeError
 
 
-def make_console() -> Console:
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=PIPE_WIDTH)
+def make_console(*, quiet: bool = False) -> Console:
+    console = Console(highlight=False, quiet=quiet)
+    return console if console.is_terminal else Console(highlight=False, quiet=quiet, width=PIPE_WIDTH)

@@ -23,13 +23,15 @@ EVENTS = ("train", "eval")
 
 
 def yardsticks(contexts: Iterable[ContextInfo]) -> dict[str, dict[str, float]]:
-    """Per context what a model without history would reach: entropies in nats, or the variance of a numeric one."""
+    """Per context what a model without history would reach: entropies in nats, or the variance of a numeric one. Empty
+    where it is not known."""
     found: dict[str, dict[str, float]] = {}
     for context in contexts:
         if context.kind == "numeric":
             found[context.name] = {"variance": 1.0}  # the loss is on the standardised value
         else:
-            found[context.name] = {name: context.entropy[name] for name in ("unigram", "bigram")}
+            marks = ("unigram", "bigram")  # nobody may have counted them: shards come without
+            found[context.name] = {name: context.entropy[name] for name in marks if name in context.entropy}
     return found
 
 

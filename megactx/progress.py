@@ -31,14 +31,20 @@ def quantity(value: float) -> str:
     return f"{value:.0f}"
 
 
+def ahead_losses(row: dict[str, Any], prefix: str = "") -> dict[int, float]:
+    """The losses of a row for the targets k = 2..K, by k; none where only the next token is predicted."""
+    start = f"{prefix}mtp_loss_"
+    return {int(name.removeprefix(start)): value for name, value in row.items() if name.startswith(start)}
+
+
 class Progress:
     """Prints rows of metrics. Use as a context manager, so that the live line is taken down before an error shows."""
 
-    def __init__(self, max_steps: int, max_seconds: float | None) -> None:
-        self.console = make_console()
+    def __init__(self, max_steps: int, max_seconds: float | None, *, quiet: bool = False) -> None:
+        self.console = make_console(quiet=quiet)
         self.max_steps, self.max_seconds = max_steps, max_seconds
         self._started = time.monotonic()
-        live = self.console.is_terminal
+        live = self.console.is_terminal and not quiet
         self._live = Live(console=self.console, refresh_per_second=4, transient=True) if live else None
 
     def __enter__(self) -> Progress:
@@ -56,7 +62,8 @@ class Progress:
         self.console.print(Text(text), soft_wrap=True)
 
     def show(self, row: dict[str, Any]) -> None:
-        """One row of training metrics: `step`, `loss`, `losses`, `lr`, `grad_norm`, `ms`, `tokens_per_second`."""
+        """One row of training metrics: `step`, `loss`, `losses`, `lr`, `grad_norm`, `ms`, `tokens_per_second`, and
+        `mtp_loss_k` with `mtp_weight` where several tokens are predicted."""
         line = self._line(row)
         if self._live:
             self._live.update(line)
@@ -72,6 +79,12 @@ class Progress:
         line.append(f" | loss {row['loss']:.4f} |")
         for index, (name, value) in enumerate(row["losses"].items()):
             line.append(f" {name} ", style="dim").append(f"{value:.3f}", style=_LANE_COLOURS[index % 6])
+        ahead = ahead_losses(row)
+        if ahead:
+            line.append(" | ahead", style="dim")
+            for k, value in ahead.items():
+                line.append(f" +{k} ", style="dim").append(f"{value:.3f}")
+            line.append(f" x {row['mtp_weight']:.3g}")
         line.append(f" | lr {row['lr']:.1e} | norm {row['grad_norm']:.2f} | {row['ms']:.0f} ms")
         return line
 
@@ -82,7 +95,8 @@ class Progress:
         return min(by_steps, self.max_seconds - (time.monotonic() - self._started))
 
     def evaluation(self, row: dict[str, Any], yardsticks: dict[str, dict[str, float]]) -> None:
-        """Losses per context beside the entropies that `prepare` computed; numeric contexts beside their variance."""
+        """Losses per context beside the entropies that `prepare` computed, numeric contexts beside their variance, and
+        under the table those of the targets further ahead."""
         table = Table(title=f"evaluation at step {row['step']}", title_justify="left", title_style="bold")
         table.add_column("context")
         for name in ("train", "val", "val bits", "unigram", "bigram"):
@@ -90,12 +104,22 @@ class Progress:
         for name, value in row["val"].items():
             marks = yardsticks[name]
             numeric = "variance" in marks
+            good = marks and value < min(marks.values())
+            cells = [f"{marks[mark]:.4f}" if mark in marks else "-" for mark in ("unigram", "bigram")]
+            if numeric:
+                cells[0] = f"{marks['variance']:.4f} (variance)"
             table.add_row(
                 name,
                 f"{row['train'][name]:.4f}",
-                Text(f"{value:.4f}", style="green" if value < min(marks.values()) else ""),
+                Text(f"{value:.4f}", style="green" if good else ""),
                 "-" if numeric else f"{value / math.log(2):.3f}",
-                f"{marks['variance']:.4f} (variance)" if numeric else f"{marks['unigram']:.4f}",
-                "-" if numeric else f"{marks['bigram']:.4f}",
+                *cells,
             )
         self.console.print(table)
+        ahead = ahead_losses(row, "val_")
+        if ahead:
+            losses = ", ".join(f"{value:.4f} {k} tokens" for k, value in ahead.items())
+            self.note(
+                f"val ahead: {losses} | with the next token's, at weight {row['mtp_weight']:.3g}: "
+                f"{row['val_mtp_loss']:.4f}"
+            )

@@ -21,7 +21,7 @@ from megactx.data.bundle import ContextInfo, contexts_from_manifest
 from megactx.errors import MegactxError
 from megactx.files import read_json
 from megactx.metrics import METRICS, read_rows, yardsticks
-from megactx.progress import duration, quantity
+from megactx.progress import ahead_losses, duration, quantity
 
 SAMPLES = "samples.json"  # what training leaves for the report: ids, and how many of them are the prompt
 STYLE = """
@@ -110,6 +110,7 @@ def _page(out_dir: Path, found: checkpoint.Checkpoint, rows: list[dict[str, Any]
         "<p class='note'>Unigram and bigram are the entropies of the training split: what a model with no history, and "
         "one that sees only the previous token, could reach at best. A value below all of them is green.</p>",
         f"<img alt='loss per context over steps' src='data:image/png;base64,{image}'>",
+        _ahead_section(rows),
         _sample_section(out_dir, found.state["manifest"]),
         "<h2>Timings</h2>",
         _table(("what", "value"), _timings(rows)),
@@ -132,12 +133,32 @@ def _losses_table(evaluation: dict[str, Any], contexts: Sequence[ContextInfo]) -
         name, numeric = context.name, context.kind == "numeric"
         marks = list(yardsticks([context])[name].values())
         value = evaluation["val"][name]
-        good = " class='good'" if value < min(marks) else ""
+        good = " class='good'" if marks and value < min(marks) else ""
         cells = [f"<td>{evaluation['train'][name]:.4f}</td>", f"<td{good}>{value:.4f}</td>"]
         cells.append("<td>-</td>" if numeric else f"<td>{value / math.log(2):.3f}</td>")
         cells += [f"<td>{mark:.4f}</td>" for mark in marks] + (["<td>(variance)</td>"] if numeric else [])
+        cells += ["<td>-</td>"] * (5 - len(cells))
         lines.append(f"<tr><td>{html.escape(name)}</td>{''.join(cells)}</tr>")
     return "".join(lines) + "</table>"
+
+
+def _ahead_section(rows: list[dict[str, Any]]) -> str:
+    """Losses of the targets further ahead, and how their weight ran; nothing where only the next token is predicted."""
+    evaluation = [row for row in rows if row["event"] == "eval"][-1]
+    ahead = ahead_losses(evaluation, "val_")
+    if not ahead:
+        return ""
+    named = [("the next token (val_loss)", f"{evaluation['val_loss']:.4f}")]
+    named += [(f"{k} tokens ahead", f"{value:.4f}") for k, value in ahead.items()]
+    together = f"together, at weight {evaluation['mtp_weight']:.3g} (val_mtp_loss)"
+    named.append((together, f"{evaluation['val_mtp_loss']:.4f}"))
+    weights = [row["mtp_weight"] for row in rows if "mtp_weight" in row]
+    return (
+        "<h2>Multi-token prediction</h2>"
+        + _table(("validation loss of", "nats"), named)
+        + f"<p class='note'>The weight of the targets further ahead was at most {max(weights):.3g} and is "
+        f"{weights[-1]:.3g} at the end. Only the first line compares with other runs.</p>"
+    )
 
 
 def _timings(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:

@@ -16,9 +16,10 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from megactx.config import AlibiRule, Position, Sigma
+from megactx.config import AlibiRule, MTPHeads, Position, Sigma
 from megactx.errors import MegactxError
 
+MAX_MTP_STEPS = 8
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
@@ -42,7 +43,22 @@ def _flag(default: Any, group: str, text: str, kind: Any = str, **extra: Any) ->
 class TrainConfig:
     """Settings of `megactx train`. Names and most defaults are those of the nanoGPT family."""
 
-    dataset: str | None = _flag(None, "data", "bundle folder written by `megactx prepare`")
+    dataset: str | None = _flag(None, "data", "bundle, or folder of shards, written by `megactx prepare`")
+    input_bin: str | None = _flag(
+        None, "data", "in place of --dataset: training shards (.bin with a header, as of llm.c), a glob"
+    )
+    input_val_bin: str | None = _flag(None, "data", "with --input_bin: validation shards, a glob")
+    input_vocab_size: int | None = _flag(
+        None, "data", "with --input_bin: symbols in the vocabulary (default: 50304, GPT-2's padded)", int
+    )
+    skip_bad_shards: bool = _flag(False, "data", "leave damaged shards out and say so, instead of stopping", bool)
+    loader: str | None = _flag(
+        None,
+        "data",
+        "windows: at random places; stream: in order, every token once an epoch (default: stream for shards, windows "
+        "for bundles)",
+        choices=("windows", "stream"),
+    )
     multicontext_datasets: list[str] | None = _flag(
         None, "data", "context folders to train on, or, with --dataset, names of contexts of that bundle", nargs="+"
     )
@@ -54,7 +70,7 @@ class TrainConfig:
         None, "data", "loss weights, one per context or NAME=WEIGHT; relative (default: all equal)", nargs="+"
     )
     block_size: int = _flag(256, "data", "window length in tokens", int)
-    batch_size: int = _flag(64, "data", "windows per micro-batch", int)
+    batch_size: int = _flag(64, "data", "windows per micro-batch and process", int)
     gradient_accumulation_steps: int = _flag(1, "data", "micro-batches per update", int)
 
     n_layer: int = _flag(6, "model", "transformer blocks", int)
@@ -106,6 +122,34 @@ class TrainConfig:
     numerical_mlp_hidden_dim: int = _flag(64, "model", "hidden width of the numeric contexts' MLPs", int)
     numerical_mlp_num_layers: int = _flag(2, "model", "hidden layers of the numeric contexts' MLPs", int)
 
+    mtp_enabled: bool = _flag(
+        False, "multi-token prediction", "train on targets 2..K tokens ahead too, with a weight that ends at 0", bool
+    )
+    mtp_max_steps: int = _flag(2, "multi-token prediction", "K, how many tokens ahead, 2 to 8", int)
+    mtp_weight: float = _flag(
+        0.1, "multi-token prediction", "weight of the mean loss of the targets 2..K; the next token's has 1", float
+    )
+    mtp_rampup_steps: int = _flag(
+        64, "multi-token prediction", "updates in which the weight rises from 0, linearly", int
+    )
+    mtp_decay_start: int | None = _flag(
+        None,
+        "multi-token prediction",
+        "update from which the weight falls to 0, linearly (default: 2/3 of max_iters; with heads of their own, which "
+        "do not disturb the next token's, never)",
+        int,
+    )
+    mtp_decay_end: int | None = _flag(
+        None, "multi-token prediction", "update at which it is 0 (default: max_iters)", int
+    )
+    mtp_heads: str = _flag(
+        "shared",
+        "multi-token prediction",
+        "what answers for the targets 2..K: shared, the next token's logits; parallel, a block of its own for each; "
+        "sequential, a chain of blocks, each given one more token. Only the last two could draft tokens",
+        choices=get_args(MTPHeads),
+    )
+
     max_iters: int = _flag(5000, "schedule", "updates in all", int)
     max_minutes: float | None = _flag(None, "schedule", "stop (and save) after this much time", float)
     learning_rate: float = _flag(1e-3, "schedule", "peak learning rate of AdamW", float)
@@ -135,7 +179,14 @@ class TrainConfig:
     log_interval: int = _flag(10, "run", "updates between metric rows", int)
     sample_tokens: int = _flag(256, "run", "tokens of the samples drawn for the report (0: none)", int)
     seed: int = _flag(1337, "run", "seed of initialisation, windows and dropout", int)
-    device: str = _flag("auto", "run", "auto, cpu, cuda or cuda:N")
+    device: str = _flag("auto", "run", "auto, cpu, cuda (under torchrun each process has its own) or cuda:N")
+    parallel: str | None = _flag(
+        None,
+        "run",
+        "for processes started by torchrun: ddp, a copy of the model in each; fsdp, a slice of it (default: ddp under "
+        "torchrun, else none)",
+        choices=("none", "ddp", "fsdp"),
+    )
     dtype: str = _flag(
         "auto", "run", "auto: bfloat16 autocast on CUDA, float32 elsewhere", choices=("auto", "float32", "bfloat16")
     )
@@ -158,14 +209,18 @@ class TrainConfig:
         for name in positive.split():
             if not getattr(self, name) > 0:
                 raise MegactxError(f"{name}: expected a number above 0, got {getattr(self, name)}")
-        for name in ("warmup_iters", "weight_decay", "grad_clip", "sample_tokens", "min_lr"):
+        at_least_0 = (
+            "warmup_iters weight_decay grad_clip sample_tokens min_lr mtp_weight mtp_rampup_steps mtp_decay_start "
+            "mtp_decay_end"
+        )
+        for name in at_least_0.split():
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise MegactxError(f"{name}: expected a number of at least 0, got {value}")
         for name in ("beta1", "beta2", "dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise MegactxError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
-        for name in ("max_minutes", "lr_decay_iters", "save_interval"):
+        for name in ("max_minutes", "lr_decay_iters", "save_interval", "input_vocab_size"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise MegactxError(f"{name}: expected a number above 0, got {value}")
@@ -173,10 +228,56 @@ class TrainConfig:
             raise MegactxError(f"keep_checkpoints: expected at least 2, got {self.keep_checkpoints}")
         if not 0 <= self.seed < 1 << 63:
             raise MegactxError(f"seed: expected a number in [0, 2^63), got {self.seed}")
+        self._check_mtp()
+        self._check_input()
         try:
             self.out_dir.encode()
         except UnicodeEncodeError:  # safetensors could write there, but not read
             raise MegactxError(f"out_dir: expected a path that is valid UTF-8, got {self.out_dir!r}") from None
+
+    def _check_mtp(self) -> None:
+        if not 2 <= self.mtp_max_steps <= MAX_MTP_STEPS:
+            raise MegactxError(f"mtp_max_steps: expected a number in 2..{MAX_MTP_STEPS}, got {self.mtp_max_steps}")
+        if self.mtp_enabled and self.mtp_max_steps > self.block_size:
+            raise MegactxError(
+                f"mtp_max_steps: expected at most block_size = {self.block_size}, got {self.mtp_max_steps}"
+            )
+        start, end = self.mtp_decay
+        if end < start:
+            raise MegactxError(f"mtp_decay_end: expected at least mtp_decay_start = {start}, got {end}")
+
+    def _check_input(self) -> None:
+        if self.input_bin is None:
+            for name in ("input_val_bin", "input_vocab_size"):
+                if getattr(self, name) is not None:
+                    raise MegactxError(f"{name}: expected --input_bin with it, got {name} alone")
+            return
+        if self.input_val_bin is None:
+            raise MegactxError("input_val_bin: expected validation shards besides --input_bin, got none")
+        for name in ("dataset", "multicontext_datasets"):
+            if getattr(self, name) is not None:
+                raise MegactxError(f"input_bin: expected it without {name}, got both")
+
+    @property
+    def mtp_steps(self) -> int:
+        """K: how many tokens ahead the model is trained to predict."""
+        return self.mtp_max_steps if self.mtp_enabled else 1
+
+    @property
+    def mtp_decay(self) -> tuple[int, int]:
+        """The updates between which the weight of multi-token prediction falls to 0."""
+        own_heads = self.mtp_heads != "shared"
+        start = self.mtp_decay_start
+        if start is None:
+            # Logits of their own cost the next token's nothing (see `mtp_weight_at`), and heads that are no longer
+            # trained would fall behind the rest of the model. An end that is asked for is kept, though.
+            never = own_heads and self.mtp_decay_end is None
+            start = self.max_iters + 1 if never else min(2 * self.max_iters // 3, self.mtp_decay_end or self.max_iters)
+        return start, max(self.max_iters, start) if self.mtp_decay_end is None else self.mtp_decay_end
+
+    def tokens_per_update(self, world_size: int) -> int:
+        """Positions of all micro-batches of all processes."""
+        return self.batch_size * self.block_size * self.gradient_accumulation_steps * world_size
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -245,10 +346,31 @@ def _checked(name: str, value: Any, source: str) -> Any:
 
 
 # What belongs to one sitting at one machine, and is not taken over when a run is resumed.
-_NOT_INHERITED = ("out_dir", "init_from", "device")
+_NOT_INHERITED = ("out_dir", "init_from", "device", "parallel")
+# The two ways to say where the data is. A run that goes on with data that is named the other way forgets the first.
+_FOLDERS = ("dataset", "multicontext_datasets")
+_SHARDS = ("input_bin", "input_val_bin", "input_vocab_size")
 
 
 def resolve(typed: dict[str, Any], file: dict[str, Any], saved: dict[str, Any]) -> TrainConfig:
     """The settings of a run; see the module's first paragraph for the precedence."""
     known = {item.name for item in fields(TrainConfig)}.difference(_NOT_INHERITED)
-    return TrainConfig(**({k: v for k, v in saved.items() if k in known} | file | typed))
+    given = file | typed
+    for named, others in ((_FOLDERS, _SHARDS), (_SHARDS, _FOLDERS)):
+        if any(given.get(name) is not None for name in named):
+            known = known.difference(others)
+    return TrainConfig(**({k: v for k, v in saved.items() if k in known} | given))
+
+
+def of_this_sitting(typed: dict[str, Any], file: dict[str, Any]) -> TrainConfig:
+    """What is known before the run is: where it lives, and on what it is to run. The rest are defaults."""
+    return TrainConfig(**{name: value for name, value in (file | typed).items() if name in _NOT_INHERITED})
+
+
+def refuse_unused(config: TrainConfig, given: dict[str, Any]) -> None:
+    """Settings of multi-token prediction `given` for a run that has none."""
+    if config.mtp_enabled or "mtp_enabled" in given:
+        return
+    for name in given:
+        if name.startswith("mtp_"):
+            raise MegactxError(f"{name}: expected --mtp_enabled with it, got {name} alone")

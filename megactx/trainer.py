@@ -1,70 +1,68 @@
 """The training loop.
 
-Everything that decides the next update is a function of the step number (windows, learning rate) or is stored in the
-checkpoint (parameters, moments, the dropout generator), so a run that was killed anywhere continues to the same bits
-on the CPU. Weights stay float32; bfloat16 is autocast around the forward pass and the loss is float32 either way.
+Everything that decides the next update is a function of the step number (windows, learning rate, the weight of
+multi-token prediction) or is stored in the checkpoint (parameters, moments, the dropout generators, the place in a
+stream), so a run that was killed anywhere continues to the same bits on the CPU. Weights stay float32; bfloat16 is
+autocast around the forward pass and the loss is float32 either way.
+
+With several processes each runs this loop. What one of them alone can know (a signal, the time, a full disk) is agreed
+on before it decides anything, so that all take the same turn.
 """
 
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
+import hashlib
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megactx import checkpoint
-from megactx.data.bundle import Bundle
-from megactx.data.loader import WindowLoader
+from megactx.block import Block
+from megactx.data.bundle import SPLITS, Bundle, Split
 from megactx.errors import MegactxError
-from megactx.files import finite
+from megactx.evaluation import evaluation_row, mean_losses
+from megactx.feed import Batch, Feed, open_feed
 from megactx.metrics import Sink, yardsticks
 from megactx.model import GPT
-from megactx.optim import build_optimizers, learning_rate_at, pack_state, set_learning_rate, unpack_state
+from megactx.optim import build_optimizers, pack_state, set_learning_rate, unpack_state
+from megactx.parallel import Group, clip_grad_norm, load_whole
 from megactx.progress import Progress
+from megactx.schedule import learning_rate_at, mtp_weight_at
+from megactx.stop import StopSignal
 from megactx.train_config import TrainConfig
+from megactx.window import Window
 
 MAX_SKIPPED_IN_A_ROW = 20
 
 
-class StopSignal(AbstractContextManager["StopSignal"]):
-    """Turns the first SIGINT or SIGTERM into a request to save and leave; a second one ends the process at once."""
+class OutputLost(Exception):
+    """The terminal or the disk under the metrics went away; `cause` is what to tell the user in this process."""
 
-    def __init__(self) -> None:
-        self.number: int | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignal:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.number is not None:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.number = number
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
 
 
 class Trainer:
-    """One run on one device. `fit` returns when the run is complete, out of time, or told to stop."""
+    """This process's part of one run. `fit` returns when the run is complete, out of time, or told to stop.
 
-    def __init__(self, config: TrainConfig, model: GPT, bundle: Bundle, device: torch.device) -> None:
-        self.config, self.model, self.bundle, self.device = config, model, bundle, device
+    `model` has not been moved to a device yet, and is the same in every process.
+    """
+
+    def __init__(self, config: TrainConfig, model: GPT, bundle: Bundle, group: Group) -> None:
+        self.config, self.model, self.bundle, self.group = config, model, bundle, group
+        self.device = group.device
         self.sinks: Sequence[Sink] = ()
-        self.forward: Callable[..., Any] = torch.compile(model) if config.compile else model
+        blocks = [module for module in model.modules() if isinstance(module, Block)]
+        group.place(model, blocks, compile_blocks=config.compile)
+        self.forward: Callable[..., Any] = group.wrap(model, compiled=config.compile)
         self.optimizers = build_optimizers(
             model,
             kind=config.optimizer,
@@ -74,62 +72,89 @@ class Trainer:
             muon_learning_rate=config.muon_learning_rate,
         )
         self.names = [context.name for context in bundle.contexts]
-        size = (config.batch_size, config.block_size)
-        self.loader = WindowLoader(bundle, "train", *size, seed=config.seed)
+        self.feed = self._open_feed("train", config.seed)
         # Evaluation windows come from their own stream, the same ones every time, so that losses are comparable.
-        self.eval_loaders = {
-            split: WindowLoader(bundle, split, *size, seed=config.seed + 1) for split in ("train", "val")
-        }
+        self.eval_feeds = {split: self._open_feed(split, config.seed + 1) for split in SPLITS}
         self.step = 0
         self.evaluated_step = -1  # the metrics of the run know it: whoever resumes sets it
-        self.window = _Window()
+        self.window = Window()
         self.skipped_in_a_row = 0
         self.skipped = 0
         self.seconds = 0.0  # spent in updates, over all sittings of the run
         self.data_seconds = 0.0
-        self._rng = self._generators()
+        self._output_error: OSError | None = None
+        if group.rank > 0:  # the weights are the same in every process, what dropout drops is not
+            self._seed_by_rank()
+        self._mark()
+
+    def _open_feed(self, split: Split, seed: int) -> Feed:
+        config, group = self.config, self.group
+        return open_feed(
+            self.bundle,
+            split,
+            config.loader,
+            batch_size=config.batch_size,
+            block_size=config.block_size,
+            accumulation=config.gradient_accumulation_steps,
+            steps=self.model.config.mtp_steps,
+            seed=seed,
+            rank=group.rank,
+            world_size=group.world_size,
+        )
 
     # -- state ---------------------------------------------------------------------------------------------------
 
     def restore(self, found: checkpoint.Checkpoint) -> None:
-        """Puts a run back to the end of the step that `found` was saved at."""
-        self.model.load_state_dict(found.model)
-        moments = {k: v for k, v in found.optimizer.items() if not k.startswith("rng/")}
-        unpack_state(self.model, self.optimizers, moments)
-        torch.set_rng_state(found.optimizer["rng/cpu"])
-        if self.device.type == "cuda" and "rng/cuda" in found.optimizer:
-            torch.cuda.set_rng_state(found.optimizer["rng/cuda"], self.device)
-        self._rng = self._generators()
+        """Puts a run back to the end of the step that `found` was saved at, by however many processes. Its tensors are
+        looked at in rank 0 alone."""
+        load_whole(self.model.state_dict(), self.group.share_tensors(found.model))
+        generators: dict[str, Tensor] = {}
+
+        def moments() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in self.group.share_tensors(found.optimizer):
+                if name.startswith("rng/"):
+                    generators[name] = tensor
+                else:
+                    yield name, tensor
+
+        unpack_state(self.model, self.optimizers, moments())
         progress = found.state["progress"]
         self.step = found.step
+        self.feed.restore(progress.get("feed", {}))
         self.skipped, self.skipped_in_a_row = progress["skipped"], progress["skipped_in_a_row"]
         self.seconds, self.data_seconds = progress["seconds"], progress["data_seconds"]
-        self.window = _Window(progress["window"])
+        self.window = Window.from_json(progress["window"], len(self.names), self.model.config.mtp_steps)
+        self._set_generators(generators)
+        self._mark()
 
     def save(self) -> Path:
-        # The generators as they stood after the last finished step: a signal may have cut the next one short.
-        tensors = pack_state(self.model, self.optimizers) | self._rng
+        """Writes the state after the last finished update; every process takes part, rank 0 writes."""
+        group, config = self.group, self.config
+        tensors = group.gather(pack_state(self.model, self.optimizers))
+        for name, state in self._rng.items():
+            states = group.collect(state)
+            tensors |= {_generator_name(name, rank): value for rank, value in enumerate(states)}
         progress = {
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "seconds": self.seconds,
             "data_seconds": self.data_seconds,
             "window": self.window.to_json(),
+            "feed": self._feed_state,
         }
-        state = {
+        content = {
             "model_config": self.model.config.to_json(),
             "manifest": self.bundle.manifest_json(),
-            "train_config": self.config.to_json(),
+            "train_config": config.to_json(),
+            "processes": group.world_size,
             "progress": progress,
         }
-        return checkpoint.save(
-            Path(self.config.out_dir),
-            self.step,
-            model=self.model.state_dict(),
-            optimizer=tensors,
-            state=state,
-            keep=self.config.keep_checkpoints,
+        model = group.gather(self.model.state_dict())
+        out_dir, keep = Path(config.out_dir), config.keep_checkpoints
+        path = group.on_main(
+            lambda: checkpoint.save(out_dir, self.step, model=model, optimizer=tensors, state=content, keep=keep)
         )
+        return path or out_dir
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -138,66 +163,84 @@ class Trainer:
         self.sinks = sinks
         try:
             return self._loop(progress, stop)
-        except OSError:
-            # The terminal or the disk under the metrics went away. That happens between updates, so the state is whole.
+        except OutputLost as lost:
             with contextlib.suppress(MegactxError):
                 self.save()
-            raise
+            raise lost.cause from None
 
     def _loop(self, progress: Progress, stop: StopSignal) -> bool:
         config = self.config
         save_interval = config.save_interval or config.eval_interval
         deadline = time.monotonic() + config.max_minutes * 60 if config.max_minutes else None
-        while self.step < config.max_iters and stop.number is None:
+        while self.step < config.max_iters:
             if self.step % config.eval_interval == 0:
                 self.report_evaluation(progress, stop)
-            if deadline is not None and time.monotonic() >= deadline:
-                progress.note(f"max_minutes reached at step {self.step}")
+            if self._leaving(progress, stop, deadline):
                 break
             row = self.update(stop)
             if row is None:
                 break
             if not row["applied"]:
-                progress.note(f"step {self.step}: non-finite {row['cause']}: this update is skipped")
+                self._show(progress.note, f"step {self.step}: non-finite {row['cause']}: this update is skipped")
             self.window.rows.append(row)
             if self.step % config.log_interval == 0 or self.step == config.max_iters:
-                summary = self.window.summary(self)
-                self.window = _Window()
+                summary = self._summary()
+                self.window = Window()
                 self._write(summary)
-                progress.show(summary)
+                self._show(progress.show, summary)
             if self.step % save_interval == 0:
                 self.save()
-        if stop.number is None:
-            self.report_evaluation(progress, stop)
+        self.report_evaluation(progress, stop)
         path = self.save()
-        progress.note(f"saved {path}")
+        self._show(progress.note, f"saved {path}")
+        self._leaving(progress, stop, None)
         return stop.number is None
+
+    def _leaving(self, progress: Progress, stop: StopSignal, deadline: float | None) -> bool:
+        """Whether to stop here, for a signal that any of the processes got or because the time is up for any of them.
+
+        Raises:
+            OutputLost: rank 0 could not write; in all processes, so that they save together.
+        """
+        late = deadline is not None and time.monotonic() >= deadline
+        number, late_anywhere, failed = self.group.highest(
+            stop.number or 0, late, self._output_error is not None
+        )
+        if failed:
+            raise OutputLost(self._output_error or MegactxError("leaving, for rank 0 cannot write"))
+        if number:
+            stop.number = number
+        elif late_anywhere:
+            self._show(progress.note, f"max_minutes reached at step {self.step}")
+        return bool(number or late_anywhere)
+
+    def _interrupted(self, stop: StopSignal) -> bool:
+        """The same for a signal alone, where no decision of the loop is at stake."""
+        number = self.group.highest(stop.number or 0)[0]
+        if number:
+            stop.number = number
+        return bool(number)
 
     def update(self, stop: StopSignal) -> dict[str, Any] | None:
         """One optimizer step over all micro-batches; None when a signal came in between (nothing is changed then)."""
-        config, begin, waited = self.config, time.perf_counter(), 0.0
-        learning_rate = self.learning_rate()
+        begin = time.perf_counter()
+        learning_rate, mtp_weight = self.learning_rate(), self.mtp_weight()
         set_learning_rate(self.optimizers, learning_rate)
+        self.model.set_mtp_weight(mtp_weight)
         self.model.train()
-        losses: Tensor | None = None
-        total = torch.zeros((), device=self.device)
-        for micro in range(config.gradient_accumulation_steps):
-            if stop.number is not None:
-                self._zero_grad()
-                return None
-            start = time.perf_counter()
-            x, y = self._batch(self.loader, self.step * config.gradient_accumulation_steps + micro)
-            waited += time.perf_counter() - start
-            with self._autocast():
-                out = self.forward(x, y)
-            loss = out.loss / config.gradient_accumulation_steps
-            loss.backward()
-            total += loss.detach()
-            part = out.context_losses / config.gradient_accumulation_steps
-            losses = part if losses is None else losses + part
+        batches = self.feed.take(self.step)
+        waited = time.perf_counter() - begin
+        found = self._backward(batches, stop)
+        if found is None:
+            self._zero_grad()
+            return None
+        loss, steps = found
         norm = self._clip()
-        # One read of two numbers decides whether the update is applied: the only host sync of a step.
-        loss_value, norm_value = torch.stack((total, norm)).tolist()
+        if self.device.type == "cuda":
+            self.feed.prepare(self.step + 1)  # while the GPU works: what follows waits for it
+        # One read of two numbers, the same in every process, decides whether the update is applied: the only host sync
+        # of a step.
+        loss_value, norm_value = torch.stack((loss, norm)).tolist()
         cause = _non_finite(loss_value, norm_value)
         if cause is None:
             for optimizer in self.optimizers.values():
@@ -205,20 +248,46 @@ class Trainer:
         self._zero_grad()
         self._count_skip(cause)
         self.step += 1
-        self._rng = self._generators()
+        self._mark()
         seconds = time.perf_counter() - begin
         self.seconds += seconds
         self.data_seconds += waited
         return {
             "applied": cause is None,
             "cause": cause,
-            "loss": total,
-            "losses": losses,
+            "loss": loss,
+            "steps": steps,
             "norm": norm_value,
             "lr": learning_rate,
+            "mtp_weight": mtp_weight,
             "seconds": seconds,
             "data_seconds": waited,
         }
+
+    def _backward(self, batches: Sequence[Batch], stop: StopSignal) -> tuple[Tensor, Tensor] | None:
+        """The gradient of the whole update, its loss and its losses float32 `[C, K]`; None when a signal came."""
+        group = self.group
+        # The loss of an update is the mean over all its valid targets. Micro-batches, and the parts of the processes,
+        # do not hold equally many (a document's end hides some), and the mean of their means would weigh a target more
+        # where its neighbours are hidden. So each part is divided by the count of the whole. It is shared before the
+        # first forward pass, from the CPU, where the data was counted: no GPU is waited for.
+        counts = group.sum(torch.stack([batch.counts for batch in batches]).sum(0))
+        # DDP and FSDP average gradients over the processes: the sum is wanted, so each part is made larger by that.
+        divisor = (counts.float() / group.world_size).to(self.device, non_blocking=True)
+        loss = torch.zeros((), device=self.device)
+        steps = torch.zeros(counts.shape, device=self.device)
+        for micro, batch in enumerate(batches):
+            if group.world_size == 1 and stop.number is not None:
+                return None
+            here = batch.to(self.device)
+            with group.accumulating(self.forward, last=micro + 1 == len(batches)):
+                with self._autocast():
+                    out = self.forward(here.x, here.targets(copy=self.config.compile), counts=divisor)
+                out.loss.backward()
+            loss += out.loss.detach()
+            steps += out.step_losses
+        totals = group.sum(torch.cat((loss.view(1), steps.flatten()))) / group.world_size
+        return totals[0], totals[1:].view_as(steps)
 
     def learning_rate(self) -> float:
         config = self.config
@@ -230,20 +299,34 @@ class Trainer:
             decay_steps=config.lr_decay_iters or config.max_iters,
         )
 
+    def mtp_weight(self) -> float:
+        if not self.config.mtp_enabled:
+            return 0.0
+        start, end = self.config.mtp_decay
+        rampup = self.config.mtp_rampup_steps
+        return mtp_weight_at(
+            self.step, weight=self.config.mtp_weight, rampup_steps=rampup, decay_start=start, decay_end=end
+        )
+
     @torch.no_grad()
-    def evaluate(self, stop: StopSignal) -> dict[str, dict[str, float]] | None:
-        """Mean losses per context on `eval_iters` fixed batches of each split; None when a signal cut it short."""
+    def evaluate(self, stop: StopSignal) -> dict[Split, list[list[float]]] | None:
+        """Mean losses `[C][K]` on `eval_iters` fixed batches of each split; None when a signal cut it short."""
         self.model.eval()
         found = {}
-        for split, loader in self.eval_loaders.items():
-            total = torch.zeros(len(self.names), device=self.device)
-            for index in range(self.config.eval_iters):
-                if stop.number is not None:
-                    return None
-                with self._autocast():
-                    total += self.forward(*self._batch(loader, index)).context_losses
-            found[split] = dict(zip(self.names, (total / self.config.eval_iters).tolist(), strict=True))
-        return found
+        for split, feed in self.eval_feeds.items():
+            with self._autocast():
+                losses = mean_losses(
+                    self.forward,
+                    feed.evaluation(self.config.eval_iters),
+                    self.group,
+                    copy_targets=self.config.compile,
+                    interrupted=lambda: self._interrupted(stop),
+                )
+            if losses is None:
+                break
+            found[split] = losses.tolist()
+        self.group.settle(self.model)
+        return found if len(found) == len(self.eval_feeds) else None
 
     def report_evaluation(self, progress: Progress, stop: StopSignal) -> None:
         """Evaluates the current step, once: a resumed run does not repeat what it already reported."""
@@ -252,32 +335,48 @@ class Trainer:
         losses = self.evaluate(stop)
         if losses is not None:
             self.evaluated_step = self.step
-            row = {"event": "eval", "step": self.step, **losses, "seconds": self.seconds}
+            weight = self.mtp_weight()
+            row = evaluation_row(self.names, self.model.config.loss_weights, losses, weight)
+            row = {"event": "eval", "step": self.step, **row, "seconds": self.seconds}
             self._write(row)
-            progress.evaluation(row, yardsticks(self.bundle.contexts))
+            self._show(progress.evaluation, row, yardsticks(self.bundle.contexts))
 
     # -- helpers -------------------------------------------------------------------------------------------------
 
-    def _batch(self, loader: WindowLoader, index: int) -> tuple[Tensor, Tensor]:
-        x, y = loader.batch(index)
-        if self.device.type == "cuda":
-            return tuple(t.pin_memory().to(self.device, non_blocking=True) for t in (x, y))  # type: ignore[return-value]
-        return x, y
+    def _summary(self) -> dict[str, Any]:
+        config = self.config
+        tokens = config.tokens_per_update(self.group.world_size)
+        losses = self.window.summary(self.names, self.model.config.loss_weights, tokens)
+        return {"event": "train", "step": self.step} | losses | {"skipped": self.skipped, "seconds": self.seconds}
 
     def _autocast(self) -> AbstractContextManager[Any]:
         low = self.config.dtype == "bfloat16" or (self.config.dtype == "auto" and self.device.type == "cuda")
         return torch.autocast(self.device.type, torch.bfloat16) if low else nullcontext()
 
     def _clip(self) -> Tensor:
-        limit = self.config.grad_clip or float("inf")
-        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).float()
+        return clip_grad_norm(self.model.parameters(), self.config.grad_clip or float("inf"))
 
-    def _generators(self) -> dict[str, Tensor]:
-        """The states that dropout draws from, as the checkpoint stores them."""
-        found = {"rng/cpu": torch.get_rng_state()}
+    def _mark(self) -> None:
+        """Keeps what a checkpoint of this moment needs and the next update moves on before it is finished: a signal
+        may cut that one short."""
+        self._rng = {"rng/cpu": torch.get_rng_state()}  # what dropout draws from
         if self.device.type == "cuda":
-            found["rng/cuda"] = torch.cuda.get_rng_state(self.device)
-        return found
+            self._rng["rng/cuda"] = torch.cuda.get_rng_state(self.device)
+        self._feed_state = self.feed.state()
+
+    def _set_generators(self, saved: dict[str, Tensor]) -> None:
+        """This rank's generators, as they were; a rank that the checkpoint does not know gets its own new ones."""
+        if self.group.rank > 0:
+            self._seed_by_rank()
+        cpu, cuda = (saved.get(_generator_name(name, self.group.rank)) for name in ("rng/cpu", "rng/cuda"))
+        if cpu is not None:
+            torch.set_rng_state(cpu)
+        if cuda is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(cuda, self.device)
+
+    def _seed_by_rank(self) -> None:
+        text = f"{self.config.seed} {self.step} {self.group.rank}"
+        torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1)
 
     def _zero_grad(self) -> None:
         for optimizer in self.optimizers.values():
@@ -297,48 +396,25 @@ class Trainer:
 
     def _write(self, row: dict[str, Any]) -> None:
         for sink in self.sinks:
-            sink.write(row)
+            self._show(sink.write, row)
+
+    def _show(self, write: Callable[..., None], *arguments: Any) -> None:
+        """Output, of rank 0. Where it fails the others are in the middle of something: `_leaving` tells them."""
+        if not self.group.main:
+            return
+        try:
+            write(*arguments)
+        except OSError as error:
+            self._output_error = self._output_error or error
 
 
-class _Window:
-    """The updates since the last log line. Losses stay on the device until `summary` reads them.
-
-    It travels in the checkpoint, so that a run resumed in mid-interval logs the same average as one that never stopped.
-    """
-
-    def __init__(self, rows: Sequence[dict[str, Any]] = ()) -> None:
-        self.rows = [row | {"loss": _tensor([row["loss"]])[0], "losses": _tensor(row["losses"])} for row in rows]
-
-    def to_json(self) -> list[dict[str, Any]]:
-        return finite([row | {"loss": row["loss"].item(), "losses": row["losses"].tolist()} for row in self.rows])
-
-    def summary(self, trainer: Trainer) -> dict[str, Any]:
-        rows, config = self.rows, trainer.config
-        applied = [row for row in rows if row["applied"]] or rows
-        seconds = sum(row["seconds"] for row in rows)
-        tokens = len(rows) * config.batch_size * config.block_size * config.gradient_accumulation_steps
-        losses = torch.stack([row["losses"].cpu() for row in applied]).mean(0).tolist()
-        return {
-            "event": "train",
-            "step": trainer.step,
-            "loss": torch.stack([row["loss"].cpu() for row in applied]).mean().item(),
-            "losses": dict(zip(trainer.names, losses, strict=True)),
-            "lr": rows[-1]["lr"],
-            "grad_norm": applied[-1]["norm"],
-            "skipped": trainer.skipped,
-            "ms": 1e3 * seconds / len(rows),
-            "data_ms": 1e3 * sum(row["data_seconds"] for row in rows) / len(rows),
-            "tokens_per_second": tokens / seconds,
-            "seconds": trainer.seconds,
-        }
-
-
-def _tensor(values: Sequence[float | None]) -> Tensor:
-    return torch.tensor([float("nan") if value is None else value for value in values])
+def _generator_name(name: str, rank: int) -> str:
+    return name if rank == 0 else f"{name}/{rank}"
 
 
 def _non_finite(loss: float, norm: float) -> str | None:
+    """What of an update is not a number, or None."""
     for name, value in (("loss", loss), ("gradient", norm)):
-        if not abs(value) < float("inf"):  # NaN compares false
+        if not math.isfinite(value):
             return name
     return None

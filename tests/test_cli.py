@@ -44,7 +44,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--batch_sise=3"], "unknown argument '--batch_sise' (did you mean '--batch_size'?)"),
         (["train", "--batch_size=three"], "argument --batch_size: invalid int value: 'three'"),
         (["train", "--compile=maybe"], "expected true or false, got 'maybe'"),
-        (["train"], "dataset: expected --dataset BUNDLE or --multicontext_datasets FOLDER ..., got neither"),
+        (["train"], "dataset: expected --dataset BUNDLE, --multicontext_datasets FOLDER ... or --input_bin"),
         (["train", "--dataset", "does/not/exist"], "does/not/exist"),
         (["sample", "--out_dir", "does/not/exist"], "does/not/exist"),
         (["inspect", "does/not/exist"], "does/not/exist"),

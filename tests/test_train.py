@@ -21,7 +21,7 @@ import torch
 from megactx import checkpoint, cli
 from megactx.files import lock
 from megactx.metrics import read_rows
-from megactx.optim import learning_rate_at
+from megactx.schedule import learning_rate_at
 
 TEXT = "".join(f"def f{i % 7}(x, y={i % 13}):\n    return (x + {i % 5}) * y\n\n" for i in range(300))
 MODEL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=4"]
@@ -237,7 +237,8 @@ def test_a_signal_saves_and_leaves_and_the_same_command_continues(
 
 def test_a_signal_in_mid_accumulation_discards_the_partial_step(bundle: Path, tmp_path: Path) -> None:
     """The dropout generator has moved on by then; the checkpoint must hold it as it was after the last whole step."""
-    from megactx.trainer import StopSignal, Trainer
+    from megactx.stop import StopSignal
+    from megactx.trainer import Trainer
 
     class AfterReads(StopSignal):
         reads = 0
