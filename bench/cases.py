@@ -20,6 +20,7 @@ from megactx import kernels
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # ||out - truth|| / ||truth|| of a right result: some roundings in bf16 and fp16, the order of sums in fp32.
 TOLERANCES = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2.5e-3}
+NO_BIAS = "no bias"  # attention without the case's slopes
 LONGEST_BLOCK = 256  # queries at a time in float64, so that the truth fits in memory at any length
 
 
@@ -50,8 +51,8 @@ class Case(Protocol):
         """Random tensors; those whose name begins with "grad" are the gradients that arrive from above."""
         ...
 
-    def truth(self, inputs: dict[str, Tensor], plain: bool) -> tuple[Tensor, ...]:
-        """Outputs, then gradients where there is a backward, in float64; `plain` leaves the case's extras out."""
+    def truth(self, inputs: dict[str, Tensor], plain: str) -> tuple[Tensor, ...]:
+        """Outputs, then gradients where there is a backward, in float64; `plain` names what is computed instead."""
         ...
 
 
@@ -125,7 +126,7 @@ class RotaryCase:
             made["lods"] = torch.randint(3, positions.shape, device=device)
         return made
 
-    def truth(self, inputs: dict[str, Tensor], plain: bool = False) -> tuple[Tensor, ...]:
+    def truth(self, inputs: dict[str, Tensor], plain: str = "") -> tuple[Tensor, ...]:
         q, k = (inputs[name].detach().double().requires_grad_(self.backward) for name in "qk")
         with kernels.use_backend("reference"):
             out = kernels.gaussian_rope(q, k, inputs["positions"], inputs.get("lods"), qk_norm_eps=self.qk_norm_eps)
@@ -190,10 +191,10 @@ class AttentionCase:
         made["slopes"] = kernels.alibi_slopes(self.heads, device=device)
         return made
 
-    def truth(self, inputs: dict[str, Tensor], plain: bool = False) -> tuple[Tensor, ...]:
+    def truth(self, inputs: dict[str, Tensor], plain: str = "") -> tuple[Tensor, ...]:
         """Some queries at a time, each with the keys it may see; gradients of the keys add up."""
         q, k, v = (inputs[name].detach().double().requires_grad_(self.backward) for name in "qkv")
-        slopes = None if plain else inputs["slopes"]
+        slopes = None if plain == NO_BIAS else inputs["slopes"]
         out = torch.empty_like(q, requires_grad=False)
         for start in range(0, self.queries, LONGEST_BLOCK):
             rows = slice(start, min(start + LONGEST_BLOCK, self.queries))

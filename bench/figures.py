@@ -116,6 +116,57 @@ def attention(path: Path) -> str:
     return f"`python bench/attention.py`.\n\n{table(head, rows)}\n{reasons}{caption}\n"
 
 
+MTP_RIVALS = {
+    "seed": ("seed",),
+    "compiled": ("compiled",),
+    "native": ("native", "native, its chunks", "native, chunks"),
+    "Liger": ("Liger", "Liger, larger chunks"),
+    "CCE": ("CCE",),
+}
+
+
+def mtp(path: Path) -> str:
+    """Times, then memory; a rival with several settings is its best one in either."""
+    caption, results = load(path)
+    rivals = {name: settings for name, settings in MTP_RIVALS.items() if _timed(results, settings)}
+    times, memory = [], []
+    for row in results:
+        taken = {name: median(seconds) for name, seconds in row["seconds"].items()}
+        ours, fastest = taken["auto"], [_least(taken, settings) for settings in rivals.values()]
+        cells = [_milliseconds(x) for x in (ours, *fastest)]
+        cells += [f"{taken['seed'] / ours:.2f}x", f"{min(x for x in fastest if x) / ours:.2f}x"]
+        cells.append(f"{100 * taken['GEMMs'] / ours:.0f} %" if "GEMMs" in taken else "")
+        cells.append(f"{ours / taken['auto, K = 1']:.3f}x" if "auto, K = 1" in taken else "")
+        times.append([row["case"]["name"], *cells])
+        least = [_least(row["peak_bytes"], settings) for settings in (("auto",), *rivals.values())]
+        memory.append([row["case"]["name"], *("n/a" if x is None else f"{1e-6 * x:,.0f}" for x in least)])
+    head = [f"cross-entropy ({_backends(results)}), ms", "ours", *rivals, "seed / ours", "best rival / ours"]
+    head += ["the GEMMs' share of ours", "ours, K targets / one"]
+    explained = (
+        "`python bench/mtp.py`. N rows, vocabulary V, K targets a row; of hidden states of width d, products included, "
+        "or of given logits. seed: K calls of `F.cross_entropy` on one set of logits; compiled: the same under "
+        "`torch.compile`; native: `F.linear_cross_entropy`, its best setting, once a target.\n\n"
+    )
+    held = table(["peak memory over inputs, MB", "ours", *rivals], memory)
+    return f"{explained}{table(head, times)}\n{held}\n{_reasons(results, ('Liger', 'CCE'))}{caption}\n"
+
+
+def mtp_step(path: Path) -> str:
+    caption, results = load(path)
+    rows = []
+    for row in results:
+        held, peaks = row["held_bytes"], row["peak_bytes"]
+        for name, seconds in row["seconds"].items():
+            cells = [_milliseconds(median(seconds)), f"{row['ratios'][name]:.3f}x"]
+            if None not in peaks.values():
+                first = peaks["K = 1"]
+                cells += [f"{1e-6 * peaks[name]:,.0f}", f"{peaks[name] / first:.3f}x"]
+                cells.append(f"{(peaks[name] + held) / (first + held):.3f}x")
+            rows.append([f"{row['case']['name']}: {name}", *(cells + ["n/a"] * 3)[:5]])
+    head = ["training step", "ms", "of K = 1", "peak MB over weights and optimizer", "of K = 1", "all memory, of K = 1"]
+    return f"`python bench/mtp_step.py`.\n\n{table(head, rows)}\n{caption}\n"
+
+
 def audit(path: Path) -> str:
     """Per kernel the range over its configurations, architecture by architecture."""
     data = json.loads(path.read_text(encoding="utf-8"))
@@ -135,7 +186,7 @@ def audit(path: Path) -> str:
     return f"`python bench/audit.py` (which prints every configuration).\n\n{table(head, rows)}\n{where}\n"
 
 
-def _timed(results: Any, names: tuple[str, ...]) -> list[str]:
+def _timed(results: Any, names: Iterable[str]) -> list[str]:
     """Those of the providers that ran somewhere, in order."""
     return [name for name in names if any(name in row["seconds"] for row in results)]
 
@@ -146,6 +197,16 @@ def _backends(results: Any) -> str:
 
 def _microseconds(row: Any, names: Iterable[str]) -> list[str]:
     return [f"{1e6 * median(row['seconds'][name]):,.0f}" if name in row["seconds"] else "n/a" for name in names]
+
+
+def _least(measured: Any, names: Iterable[str]) -> Any:
+    return min((measured[name] for name in names if measured.get(name) is not None), default=None)
+
+
+def _milliseconds(seconds: float | None) -> str:
+    if seconds is None:
+        return "n/a"
+    return f"{1e3 * seconds:,.0f}" if seconds >= 0.1 else f"{1e3 * seconds:.3g}"
 
 
 def _advantage(row: Any, rivals: list[str]) -> str:
@@ -168,6 +229,8 @@ def _reasons(results: Any, names: tuple[str, ...]) -> str:
 DRAWN = {
     "rotary": rotary,
     "attention": attention,
+    "mtp": mtp,
+    "mtp_step": mtp_step,
     "sampling": sampling,
     "sampling_op": sampling_op,
     "training": training,

@@ -20,17 +20,18 @@ from rich.table import Table
 from timing import (
     copy,
     copy_bandwidth,
-    interleave,
     interleave_cuda,
+    interleave_warm,
     launch_seconds,
     peak_bytes,
     provenance,
-    repeats,
     replayed,
     save,
     spread,
 )
 from torch import Tensor
+
+Peak = Callable[[Case, str, Call, str], int | None]
 
 
 def admit(case: Case, providers: Sequence[Provider], device: str) -> tuple[dict[str, Any], dict[str, Call]]:
@@ -40,7 +41,7 @@ def admit(case: Case, providers: Sequence[Provider], device: str) -> tuple[dict[
     """
     torch.manual_seed(0)
     given = case.inputs(device)
-    truths: dict[bool, tuple[Tensor, ...]] = {}
+    truths: dict[str, tuple[Tensor, ...]] = {}
     facts: dict[str, Any] = {"error": {}, "prepared_bytes": {}, "unavailable": {}}
     calls: dict[str, Call] = {}
     for provider in providers:
@@ -74,19 +75,25 @@ def relative_error(results: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
     return max(float(torch.nan_to_num(error, nan=float("inf"))) for error in errors)
 
 
-def measure(case: Case, providers: Sequence[Provider], device: str, rounds: int) -> dict[str, Any]:
+def peak(case: Case, name: str, call: Call, device: str) -> int | None:
+    """How `measure` learns the memory of a provider, whose call has run before."""
+    return peak_bytes(call, device, warm=True)
+
+
+def measure(
+    case: Case, providers: Sequence[Provider], device: str, rounds: int | None = None, peak: Peak = peak
+) -> dict[str, Any]:
     """The case, the facts of `admit`, and per provider `seconds` of each round and `peak_bytes`."""
     torch._dynamo.reset()  # what was compiled for other cases counts against a limit
     facts, calls = admit(case, providers, device)
-    facts["peak_bytes"] = {name: peak_bytes(call, device) for name, call in calls.items()}
+    facts["peak_bytes"] = {name: peak(case, name, call, device) for name, call in calls.items()}
     if device == "cuda":
         facts["launch_seconds"] = {name: launch_seconds(call) for name, call in calls.items()}
         if case.graph:
             calls = _graphs(calls, facts["unavailable"])
-        seconds = interleave_cuda({**calls, "copy": copy(device)}, rounds)
+        seconds = interleave_cuda({**calls, "copy": copy(device)}, rounds or 50)
     else:
-        turns: Mapping[str, Callable[[], Any]] = {**calls, "copy": copy(device)}
-        seconds = interleave(turns, rounds, calls={name: repeats(call) for name, call in turns.items()})
+        seconds = interleave_warm({**calls, "copy": copy(device)}, rounds)
     copied = copy_bandwidth(seconds.pop("copy"))
     return {"case": describe(case), "copy_bytes_per_second": copied, "seconds": seconds, **facts}
 
@@ -122,18 +129,18 @@ def main(
     cases: Mapping[str, Sequence[Case]],
     providers: Sequence[Provider],
     runs: Callable[[str], str],
+    peak: Peak = peak,
 ) -> None:
     """The command line of one benchmark; `runs` says which backend `auto` is on a device."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--rounds", type=int, help="default: 15 on the CPU, 50 on CUDA")
+    parser.add_argument("--rounds", type=int, help="default: 50 on CUDA; 15 on the CPU, down to 3 past half a minute")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--case", default="", help="only the cases whose name holds this text")
     parser.add_argument("--json", help="also write every round, and where it ran, to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    rounds = args.rounds or (50 if device == "cuda" else 15)
     chosen = [case for case in cases[device] if args.case in case.name]
     if not chosen:
         parser.error(
@@ -144,14 +151,16 @@ def main(
     results = []
     for case in chosen:
         print(f"{case.name} ...", file=sys.stderr)
-        result = {**measure(case, providers, device, rounds), "runs": runs(device)}
+        result = {**measure(case, providers, device, args.rounds, peak), "runs": runs(device)}
         console.print(show(result))
         for other, reason in result["unavailable"].items():
             console.print(f"  {other}: n/a, {reason}", markup=False, highlight=False)
-        console.print(f"  a copy: {1e-9 * result['copy_bytes_per_second']:.4g} GB/s\n", highlight=False)
+        rounds = max(map(len, result["seconds"].values()), default=0)
+        copied = f"{1e-9 * result['copy_bytes_per_second']:.4g} GB/s"
+        console.print(f"  a copy: {copied}; medians of {rounds} rounds\n", highlight=False)
         results.append(result)
     threads = "" if device == "cuda" else f"{where['threads']} threads, "
-    print(f"{where['device']}, {threads}torch {where['torch']}, auto is {runs(device)}, median of {rounds} rounds")
+    print(f"{where['device']}, {threads}torch {where['torch']}, auto is {runs(device)}")
     if args.json:
         save(args.json, name, where, results)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, AttentionCase, RotaryCase
+from cases import DTYPES, NO_BIAS, AttentionCase, Case, RotaryCase
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -41,7 +41,7 @@ class Provider:
     name: str
     build: Callable[[Any, Inputs], tuple[Call, tuple[Tensor, ...]]]  # the call, and the tensors prepared for it
     why_not: Callable[[Any, str], str] = _always  # of a case and a device: the empty string where it runs
-    plain: bool = False  # computes the case without its extras: a floor, not a rival
+    plain: str = ""  # what it computes instead, for a floor or a yardstick that is no rival: of the case's truth
 
 
 def runs(operator: str, device: str) -> str:
@@ -133,8 +133,8 @@ def attention(compiler: str = "inductor") -> list[Provider]:
         *_ours("alibi_attention", ours, _too_large),
         Provider("FlexAttention", lambda case, inputs: _flex(case, inputs, compiler), no_flex),
         Provider("SDPA, mask", _masked),
-        Provider("SDPA, no bias", _floor, no_floor, plain=True),
-        Provider("SDPA flash, no bias", lambda case, inputs: _floor(case, inputs, flash=True), no_flash, plain=True),
+        Provider("SDPA, no bias", _floor, no_floor, plain=NO_BIAS),
+        Provider("SDPA flash, no bias", lambda case, inputs: _floor(case, inputs, flash=True), no_flash, plain=NO_BIAS),
     ]
 
 
@@ -183,12 +183,12 @@ def _attending(case: AttentionCase, inputs: Inputs, call: Callable[[Tensor, Tens
 
 
 def _run(
-    case: RotaryCase | AttentionCase,
+    case: Case,
     call: Callable[..., tuple[Tensor, ...]],
     tensors: list[Tensor],
     upstream: list[Tensor],
 ) -> Call:
-    """The forward under no_grad, or the forward and the gradients of `tensors`."""
+    """The forward under no_grad, or the forward and the gradients of `tensors`; no `upstream` for a scalar."""
     if not case.backward:
 
         def forward() -> tuple[Tensor, ...]:
@@ -200,7 +200,7 @@ def _run(
 
     def both() -> tuple[Tensor, ...]:
         out = call(*leaves)
-        return *out, *torch.autograd.grad(out, leaves, upstream)
+        return *out, *torch.autograd.grad(out, leaves, upstream or None)
 
     return both
 

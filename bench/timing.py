@@ -10,7 +10,9 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -64,12 +66,42 @@ def interleave_cuda(cases: Mapping[str, Callable[[], Any]], rounds: int, warmup:
     return times
 
 
+def once(call: Callable[[], object]) -> float:
+    """The seconds of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
 def repeats(call: Callable[[], object], seconds: float = 0.02) -> int:
     """How many calls take about 20 ms: a round must not be shorter than what the clock and the caller cost."""
     call()  # compiles
-    start = time.perf_counter()
-    call()
-    return max(1, int(seconds / (time.perf_counter() - start)))
+    return max(1, int(seconds / once(call)))
+
+
+def interleave_warm(cases: Mapping[str, Callable[[], Any]], rounds: int | None = None) -> dict[str, list[float]]:
+    """`interleave` of calls that have run before: quick ones are repeated within their turns.
+
+    Without `rounds` there are 15, fewer where those would take more than half a minute, but at least 3.
+    """
+    first = {name: once(run) for name, run in cases.items()}
+    if rounds is None:
+        rounds = min(15, max(3, int(30 / sum(first.values()))))
+    calls = {name: max(1, int(0.02 / seconds)) for name, seconds in first.items()}
+    if max(calls.values()) > 1:
+        return interleave(cases, rounds, warmup=0, calls=calls)
+    others = interleave(cases, rounds - 1, warmup=0)  # that was a round already: none is too short to be timed alone
+    return {name: [seconds, *others[name]] for name, seconds in first.items()}
+
+
+def alone(build: Callable[..., Callable[[], Any]], *arguments: Any) -> int | None:
+    """`peak_bytes` on the CPU of `build(*arguments)`, which travels by its name, in a process that did nothing else."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_peak_of, build, *arguments).result()
+
+
+def _peak_of(build: Callable[..., Callable[[], Any]], *arguments: Any) -> int | None:
+    return peak_bytes(build(*arguments), "cpu")
 
 
 def replayed(run: Callable[[], Any]) -> Callable[[], Any]:
@@ -119,13 +151,15 @@ def launch_seconds(run: Callable[[], Any], calls: int = 50) -> float:
     return spent / calls
 
 
-def peak_bytes(run: Callable[[], Any], device: str) -> int | None:
+def peak_bytes(run: Callable[[], Any], device: str, warm: bool = False) -> int | None:
     """The most memory that `run` holds at a time, results included, beyond what was held before; None if unknown.
 
     On CUDA by the allocator's count. On Linux CPUs by resident memory, whose high-water mark can be set back: exact to
-    a few pages, so that nothing below 100 KB means anything.
+    a few pages, so that nothing below 100 KB means anything.  A first call, which compiles and sets up libraries, does
+    not count; `warm` says that there was one.
     """
-    run()
+    if not warm:
+        run()
     gc.collect()
     if device == "cuda":
         import torch
