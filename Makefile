@@ -45,6 +45,8 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python bench/rotary.py
 	$(BIN)/python bench/attention.py
+	$(BIN)/python bench/mtp.py
+	$(BIN)/python bench/mtp_step.py
 	$(BIN)/python bench/sampling_op.py
 	$(BIN)/python bench/sampling.py
 	$(BIN)/python bench/training.py

@@ -18,7 +18,7 @@ COMMANDS = sorted(set(re.findall(r"`megactx ([a-z][^`]*)`", TEXT)))
 
 
 def test_the_python_example_runs_and_prints_ids_of_both_contexts(tmp_path: Path) -> None:
-    code, _ = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    code, *_ = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     drawn = [[int(number) for number in pair] for pair in re.findall(r"\[(\d+), (\d+)\]", result.stdout)]
@@ -27,9 +27,15 @@ def test_the_python_example_runs_and_prints_ids_of_both_contexts(tmp_path: Path)
 
 
 def test_the_operators_example_runs_and_prints_its_shapes() -> None:
-    _, code = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    _, code, _ = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout.split("\n")[0] == "torch.Size([2, 6, 12, 64]) torch.Size([2, 6, 768])"
+
+
+def test_the_loss_example_runs_and_prints_its_shapes() -> None:
+    *_, code = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert result.stdout.strip() == "torch.Size([1, 3]) torch.Size([])"
 
 
 def test_there_are_commands_to_check() -> None:

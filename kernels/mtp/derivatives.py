@@ -150,7 +150,7 @@ def _plain(x: Tensor) -> bool:
 
 
 def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
-    """`grad.mul_(factor)`; on a GPU with Triton a factor of 1 costs no pass over the memory, nor a look from the host."""
+    """`grad.mul_(factor)`; on a GPU with Triton a factor of 1 costs no pass over the memory, nor a host sync."""
     if grad.device.type == "cuda" and not _library.why_not("mtp_rows_", "triton", "cuda"):
         from .scale import scale_
 
