@@ -134,7 +134,8 @@ def mtp(path: Path) -> str:
         taken = {name: median(seconds) for name, seconds in row["seconds"].items()}
         ours, fastest = taken["auto"], [_least(taken, settings) for settings in rivals.values()]
         cells = [_milliseconds(x) for x in (ours, *fastest)]
-        cells += [f"{taken['seed'] / ours:.2f}x", f"{min(x for x in fastest if x) / ours:.2f}x"]
+        best = min((x for x in fastest if x is not None), default=None)
+        cells += ["n/a" if x is None else f"{x / ours:.2f}x" for x in (taken.get("seed"), best)]
         cells.append(f"{100 * taken['GEMMs'] / ours:.0f} %" if "GEMMs" in taken else "")
         cells.append(f"{ours / taken['auto, K = 1']:.3f}x" if "auto, K = 1" in taken else "")
         times.append([row["case"]["name"], *cells])
@@ -145,7 +146,8 @@ def mtp(path: Path) -> str:
     explained = (
         "`python bench/mtp.py`. N rows, vocabulary V, K targets a row; of hidden states of width d, products included, "
         "or of given logits. seed: K calls of `F.cross_entropy` on one set of logits; compiled: the same under "
-        "`torch.compile`; native: `F.linear_cross_entropy`, its best setting, once a target.\n\n"
+        "`torch.compile`; native: `F.linear_cross_entropy`, its best setting, once a target; CCE: Apple's, its filter "
+        "off, which drops small gradients, as nearly all of an untrained model are.\n\n"
     )
     held = table(["peak memory over inputs, MB", "ours", *rivals], memory)
     return f"{explained}{table(head, times)}\n{held}\n{_reasons(results, ('Liger', 'CCE'))}{caption}\n"

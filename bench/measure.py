@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from cases import TOLERANCES, Case, describe
+from cases import DTYPES, MEAN_TOLERANCES, TOLERANCES, Case, describe
 from providers import Call, Inputs, Provider
 from rich.console import Console
 from rich.table import Table
@@ -55,24 +55,34 @@ def admit(case: Case, providers: Sequence[Provider], device: str) -> tuple[dict[
         if not reason:
             if provider.plain not in truths:
                 truths[provider.plain] = case.truth(given, provider.plain)
-            error_of = relative_error(results, truths[provider.plain])
+            errors = relative_errors(results, truths[provider.plain])
+            allowed = [tolerance(case, provider, x) for x in truths[provider.plain]]
             del results
-            if error_of <= TOLERANCES[case.dtype]:
+            wrong = [(off, most) for off, most in zip(errors, allowed, strict=True) if not off <= most]
+            if not wrong:
                 calls[provider.name] = call
-                facts["error"][provider.name] = error_of
+                facts["error"][provider.name] = max(errors)
                 facts["prepared_bytes"][provider.name] = sum(x.numel() * x.element_size() for x in prepared)
                 continue
-            reason = f"wrong: off by {error_of:.1e}, where {case.dtype} explains {TOLERANCES[case.dtype]:.0e}"
+            off, most = max(wrong, key=lambda found: found[0] / found[1])
+            reason = f"wrong: off by {off:.1e}, where {case.dtype} explains {most:.0e}"
         facts["unavailable"][provider.name] = reason
     return facts, calls
 
 
-def relative_error(results: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
-    """The largest ||result - truth|| / ||truth|| of the outputs and gradients; infinite where one is NaN or missing."""
+def relative_errors(results: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
+    """||result - truth|| / ||truth|| of each output and gradient; infinite where one is NaN or missing."""
     if [x.shape for x in results] != [x.shape for x in truth]:
-        return float("inf")
+        return [float("inf")] * len(truth)
     errors = [(x.detach().double() - t).norm() / t.norm() for x, t in zip(results, truth, strict=True)]
-    return max(float(torch.nan_to_num(error, nan=float("inf"))) for error in errors)
+    return [float(torch.nan_to_num(error, nan=float("inf"))) for error in errors]
+
+
+def tolerance(case: Case, provider: Provider, truth: Tensor) -> float:
+    """What an output or gradient may be off by, a mean by less than a tensor of rounded numbers."""
+    if truth.dim():
+        return TOLERANCES[case.dtype]
+    return torch.finfo(DTYPES[case.dtype]).eps if provider.rounds_mean else MEAN_TOLERANCES[case.dtype]
 
 
 def peak(case: Case, name: str, call: Call, device: str) -> int | None:

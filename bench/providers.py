@@ -42,6 +42,7 @@ class Provider:
     build: Callable[[Any, Inputs], tuple[Call, tuple[Tensor, ...]]]  # the call, and the tensors prepared for it
     why_not: Callable[[Any, str], str] = _always  # of a case and a device: the empty string where it runs
     plain: str = ""  # what it computes instead, for a floor or a yardstick that is no rival: of the case's truth
+    rounds_mean: bool = False  # it returns a mean in the type of its inputs, and is held to that type's precision
 
 
 def runs(operator: str, device: str) -> str:

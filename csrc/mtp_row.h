@@ -135,6 +135,27 @@ MEGACTX_INLINE T reduce(const T* x, int64_t size, T start) {
   return fold<Operation, kLanes / 2>(lanes);
 }
 
+// Where x, whose size is a multiple of kLanes, is `value` for the first time; `size` if nowhere. A search one by one
+// costs up to what the exponentials do, so first the lanes it is among, then which of them, both as vectors; where
+// there are few, folding the vectors would be slower.
+template <class T>
+MEGACTX_INLINE int64_t first_of(const T* x, int64_t size, T value) {
+  if (size <= 2 * kLanes) {
+    int64_t at = 0;
+    while (at < size && !(x[at] == value)) ++at;
+    return at;
+  }
+  for (int64_t b = 0; b < size; b += kLanes) {
+    uint32_t among = 0;
+    for (int i = 0; i < kLanes; ++i) among |= x[b + i] == value ? 1 : 0;
+    if (among == 0) continue;
+    int32_t at = kLanes;
+    for (int32_t i = 0; i < kLanes; ++i) at = std::min(at, x[b + i] == value ? i : int32_t{kLanes});
+    return b + at;
+  }
+  return size;
+}
+
 // n logits from `begin`, then -inf to a full set of lanes: in `room`, unless they lie in memory like that.
 template <class Format, class T = typename Format::Computed>
 MEGACTX_INLINE const T* read(const Symbols<const typename Format::Stored>& z, int64_t begin, int64_t n, T* room) {
@@ -155,17 +176,21 @@ MEGACTX_INLINE const T* read(const Symbols<const typename Format::Stored>& z, in
 template <class Format, class T = typename Format::Computed>
 MEGACTX_INLINE Sums find_top(const Symbols<const typename Format::Stored>& z, int64_t size, const Options& options) {
   T room[kChunk];
+  const T* chunk = nullptr;
   T top = -kInfinity<T>;
   int64_t at = 0;
   for (int64_t begin = 0; begin < size; begin += kChunk) {
     const int64_t n = std::min(kChunk, size - begin);
-    const T highest = reduce<Larger>(read<Format>(z, begin, n, room), padded(n), -kInfinity<T>);
+    chunk = read<Format>(z, begin, n, room);
+    const T highest = reduce<Larger>(chunk, padded(n), -kInfinity<T>);
     if (highest > top) top = highest, at = begin;
   }
-  const int64_t end = std::min(at + kChunk, size);
-  while (at < end && !(Format::widen(z[at]) == top)) ++at;
+  const int64_t n = std::min(kChunk, size - at);
+  if (at + n < size) chunk = read<Format>(z, at, n, room);
+  const int64_t first = first_of(chunk, padded(n), top);
   Sums sums;
-  if (at == end) at = 0, top = kNaN<T>;  // no symbol but NaN, at least where it was looked for
+  at += first;
+  if (first >= n) at = 0, top = kNaN<T>;  // no symbol but NaN, at least where it was looked for
   if (options.softcap > 0) top = soft_cap(top, static_cast<T>(options.softcap)).value;
   sums.argmax = at;
   sums.top = std::fabs(top) < kInfinity<T> ? top : kNaN<T>;

@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from ._runtime import without_autocast
@@ -215,7 +216,7 @@ class Operator:
             device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
             reason = why_not(self.name, choice, device)
             if not reason and choice == "triton":
-                reason = self.unfit(*args) if self.unfit else self._launchers().unfit(self.name, *args)
+                reason = self.unfit(*args) if self.unfit else self.launchers().unfit(self.name, *args)
             if reason:
                 raise ValueError(f'backend "{choice}" cannot run {NAMESPACE}::{self.name}: {reason}')
             if choice == "triton" and device == "cpu":
@@ -231,13 +232,13 @@ class Operator:
         """
         return (self.interpreted if _choice.interpreted and self.interpreted else self.overload)(*args)
 
-    def _launchers(self) -> Triton:
+    def launchers(self) -> Triton:
         _import_launchers(self.triton)
         return _LAUNCHERS[self.triton]
 
     def _launch(self, *args: Any) -> Any:
         """The Triton kernel, or the fallback for what it does not take."""
-        launchers = self._launchers()
+        launchers = self.launchers()
         if launchers.unfit(self.name, *args):
             return (self.fallback or self.reference)(*args)
         launch = getattr(launchers, self.name)
@@ -280,11 +281,11 @@ def register(
         if library is None:
             found.append(None)
             continue
-        qualified = f"{library.ns}::{name}"
-        torch.library.register_fake(qualified, fake, lib=library)
-        if derivative is not None:
-            torch.library.register_autograd(qualified, derivative, setup_context=setup_context, lib=library)
+        torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
         overload = getattr(getattr(torch.ops, library.ns), name).default
+        if derivative is not None:
+            differentiated = _differentiated(overload, derivative, setup_context)
+            library.impl(name, differentiated, "Autograd", with_keyset=True)
         if name.endswith("_"):
             for key, function in (("Autograd", _refusing_gradients), ("ADInplaceOrView", _counting_writes)):
                 library.impl(name, function(overload), key, with_keyset=True)
@@ -325,6 +326,46 @@ def _interpreted(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args)
         finally:
             _choice.interpreted = before
+
+    return run
+
+
+def _differentiated(
+    overload: Any, backward: Callable[..., Any], setup_context: Callable[..., Any] | None
+) -> Callable[..., Any]:
+    """What `torch.library.register_autograd` makes of a derivative, at a fraction of its price.
+
+    That one looks up the schema's default values argument by argument in every call, which for the many arguments here
+    takes as long as a small kernel.  These schemas have no default values, keyword-only arguments or lists of tensors.
+    """
+
+    def below(keyset: Any, args: tuple[Any, ...]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        *args, keyset = inputs
+        result = below(keyset, tuple(args))
+        if setup_context is not None:
+            setup_context(ctx=ctx, inputs=tuple(args), output=result)
+        return result
+
+    def differentiate(ctx: Any, *grads: Tensor | None) -> Any:
+        needs = ctx.needs_input_grad
+        ctx.needs_input_grad = needs[:-1]  # the key set is none of the operator's inputs
+        try:
+            found = backward(ctx, *grads)
+        finally:
+            ctx.needs_input_grad = needs
+        return (*found, None) if isinstance(found, tuple) else (found, None)
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
+    function: Any = type(overload._opname, (torch.autograd.Function,), members)
+
+    def run(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return function.apply(*args, keyset)
+        return below(keyset, args)
 
     return run
 
@@ -396,7 +437,7 @@ def why_not(name: str, backend: str, device: str | None = None) -> str:
             return "no Triton kernel is registered for this operator"
         if _TRITON_MISSING or (_INTERPRETING and device != "cuda"):
             return _TRITON_MISSING
-    elif not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", _DISPATCH_KEY[backend]):
+    elif not _has_kernel(name, _DISPATCH_KEY[backend]):
         return EXTENSION_ERROR or "the C++ extension holds no kernel for this operator"
     if device is not None and device != _DEVICE[backend]:
         hint = " (TRITON_INTERPRET=1 interprets it on the CPU)" if (backend, device) == ("triton", "cpu") else ""
@@ -404,6 +445,12 @@ def why_not(name: str, backend: str, device: str | None = None) -> str:
     if backend == "triton" and not torch.cuda.is_available():
         return "no CUDA device"
     return ""
+
+
+@torch.compiler.assume_constant_result
+def _has_kernel(name: str, key: str) -> bool:
+    """A question to the dispatcher, which Dynamo has to put where it would trace it."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
 
 
 def backends() -> dict[str, dict[str, str]]:

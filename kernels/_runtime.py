@@ -156,9 +156,10 @@ def kept(key: tuple[object, ...], make: Callable[[], tuple[Tensor, ...]], device
     """The constants `make()`, made once per key and device, since making one costs as much as a small kernel.
 
     Not kept where a tensor would outlive what it belongs to: while a graph is traced (it may be symbolic) or
-    captured (its memory belongs to the graph).
+    captured (its memory belongs to the graph).  A mode that fakes tensors takes none that are real, so under a mode
+    they are made anew.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return make()
     found = _CONSTANTS.get((key, device))
     if found is not None:

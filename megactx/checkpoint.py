@@ -245,4 +245,3 @@ def _is_valid(path: Path, *, contents: bool = True) -> bool:
         verify(path, contents=contents)
         return True
     return False
-

@@ -11,11 +11,12 @@ import difflib
 import importlib
 import os
 import sys
+import traceback
 import warnings
 from typing import NoReturn
 
 from megactx import __version__
-from megactx.errors import MegactxError
+from megactx.errors import MegactxError, ProcessGroupError
 
 COMMANDS = {
     "prepare": ("megactx.prepare", "turn text, code, CSV columns or existing folders into an aligned dataset bundle"),
@@ -81,20 +82,46 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 2 for bad input, 128 + N when signal N stopped a training run."""
     arguments = sys.argv[1:] if arguments is None else arguments
     warnings.showwarning = _one_line_warning  # a warning is for the user too: a line, not a source location
+    debug = "--debug" in arguments
     try:
         return _dispatch(arguments)
-    except BrokenPipeError:  # `megactx ... | head`: nobody reads on, and flushing at exit must not complain
+    except ProcessGroupError as failure:  # before this block ends: see there
+        _end_at_once(failure, debug)
+    except (Exception, KeyboardInterrupt) as error:
+        if debug and _exit_code(error) == 2:
+            raise
+        return _report(error)
+
+
+def _exit_code(error: BaseException) -> int:
+    return 0 if isinstance(error, BrokenPipeError) else 130 if isinstance(error, KeyboardInterrupt) else 2
+
+
+def _report(error: BaseException, prefix: str = "") -> int:
+    """Says what is wrong; returns the exit code."""
+    if isinstance(error, BrokenPipeError):  # `megactx ... | head`: nobody reads on, and flushing must not complain
         if sys.__stdout__ is not None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
-        return 0
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if "--debug" in arguments:
-            raise
-        print(f"error: {_describe(error)}", file=sys.stderr)
-        return 2
+    elif isinstance(error, KeyboardInterrupt):
+        print(f"{prefix}interrupted", file=sys.stderr)
+    elif isinstance(error, Exception):
+        print(f"error: {prefix}{_describe(error)}", file=sys.stderr)
+    return _exit_code(error)
+
+
+def _end_at_once(failure: ProcessGroupError, debug: bool) -> NoReturn:
+    """Ends one of several processes without cleaning up. Its connections close, and the others hear of that."""
+    code = _exit_code(failure.error)
+    try:
+        if debug and code == 2:
+            traceback.print_exception(failure.error)
+        else:
+            _report(failure.error, f"rank {failure.rank}: " if failure.rank else "")
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+    finally:
+        os._exit(code)
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -6,6 +6,7 @@ same number however many processes share the work.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,8 @@ def mean_losses(
     copy_targets: bool,
     interrupted: Callable[[], bool],
 ) -> Tensor | None:
-    """Mean losses float64 `[C, K]` over all of `batches` and processes, on the CPU; None when `interrupted`.
+    """Mean losses float64 `[C, K]` over all of `batches` and processes, on the CPU, NaN where there was no target at
+    all; None when `interrupted`.
 
     One forward pass a batch gives all steps of all contexts. The caller has set the model's mode and autocast.
     """
@@ -43,7 +45,7 @@ def mean_losses(
         counts = batch.counts if counts is None else counts + batch.counts
     assert total is not None  # an evaluation has at least one batch
     assert counts is not None
-    return group.sum(total.cpu()) / group.sum(counts.clone()).clamp(min=1)
+    return group.sum(total.cpu()) / group.sum(counts.clone())
 
 
 def evaluation_row(
@@ -57,7 +59,8 @@ def evaluation_row(
     `train` and `val`: the next token's loss of each context. `val_loss`: the same as one number, the mean by
     `context_weights`, which is what to compare runs by, however many tokens ahead they were trained on. With K > 1 also
     `val_ntp_loss`, which it is, under the name that it has in training rows, `val_mtp_loss_k` for each k >= 2, and
-    `val_mtp_loss`, what training minimises: the former plus `mtp_weight` times the mean of the latter.
+    `val_mtp_loss`, what training minimises: the former plus `mtp_weight` times the mean of the latter, to which a step
+    without any target, whose own loss is NaN, adds nothing.
     """
     row: dict[str, Any] = {
         split: {name: steps[0] for name, steps in zip(names, by_context, strict=True)}
@@ -68,7 +71,8 @@ def evaluation_row(
     if len(named) > 1:
         row |= {f"val_{name}": value for name, value in named.items()}
         ahead = list(named.values())[1:]
-        row["val_mtp_loss"] = row["val_loss"] + mtp_weight * sum(ahead) / len(ahead)
+        there = sum(loss for loss in ahead if not math.isnan(loss))
+        row["val_mtp_loss"] = row["val_loss"] + mtp_weight * there / len(ahead)
         row["mtp_weight"] = mtp_weight
     return row
 

@@ -16,6 +16,7 @@ from megactx.data.bundle import Bundle, Split
 from megactx.data.loader import WindowLoader
 from megactx.data.shards import ShardSet, document_separators
 from megactx.data.stream import DistributedDataLoader
+from megactx.errors import MegactxError
 from megactx.tokens import IGNORE_INDEX
 
 
@@ -36,7 +37,10 @@ class WindowBatch:
     def __init__(self, x: Tensor, y: Tensor, counts: Tensor | None = None) -> None:
         self.x, self._y = x, y
         if counts is None:
-            counts = y.ne(IGNORE_INDEX).sum((0, 1)).reshape(x.shape[-1], -1)
+            if y.dim() == 3:  # nothing hides the next token
+                counts = torch.full((x.shape[-1], 1), x.shape[0] * x.shape[1])
+            else:
+                counts = y.ne(IGNORE_INDEX).sum((0, 1))
         self.counts = counts
 
     def targets(self, *, copy: bool = False) -> Tensor:
@@ -149,14 +153,25 @@ def open_feed(
     """A feed of `split` by `kind`, "windows" or "stream"; None is the latter for shards, the former for bundles.
 
     Raises:
-        MegactxError: the split is too short for the batch, or for the window.
+        MegactxError: the split is too short for the batch, or for the window, or has nothing to predict.
     """
     place: dict[str, Any] = {"steps": steps, "rank": rank, "world_size": world_size}
     if (kind or ("stream" if isinstance(bundle, ShardSet) else "windows")) == "stream":
+        _refuse_single_tokens(bundle, split)
         stream = DistributedDataLoader(bundle, batch_size, block_size, split=split, **place)
         return StreamFeed(stream, accumulation)
     windows = WindowLoader(bundle, split, batch_size, block_size, seed, delimiters=_delimiters(bundle), **place)
     return WindowFeed(windows, accumulation)
+
+
+def _refuse_single_tokens(bundle: Bundle, split: Split) -> None:
+    """In a stream the last token of a shard is followed by none."""
+    shards = bundle.shards(split) if isinstance(bundle, ShardSet) else ()
+    if shards and bundle.length(split) == len(shards):
+        raise MegactxError(
+            f"the {split} split of {bundle.path} has no next token to predict: each of its shards ({len(shards)}) "
+            "holds one token"
+        )
 
 
 def _delimiters(bundle: Bundle) -> tuple[int, ...]:

@@ -7,13 +7,15 @@ k >= 2 a hidden state of its own, and with the model's norm and head a distribut
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megactx.block import Block, MergingBlock, init_blocks
 from megactx.config import GPTConfig
+from megactx.kernels import linear_mtp_cross_entropy, mtp_cross_entropy
 from megactx.tokens import IGNORE_INDEX
 
 
@@ -63,18 +65,27 @@ class Ahead(NamedTuple):
     def mask(self, targets: Tensor) -> Tensor:
         """`[B, T, C, K]` targets, ignored where a head would need a token that is not known."""
         length, steps = targets.shape[1], targets.shape[-1]
-        given = torch.stack([self.known[:, k : k + length] for k in range(steps)], dim=-1)
-        return torch.where(given.unsqueeze(2), targets, IGNORE_INDEX)
+        given = torch.stack([self.known[:, k : k + length] for k in range(1, steps)], dim=-1).long().cumprod(-1)
+        return torch.where(F.pad(given, (1, 0), value=1).bool().unsqueeze(2), targets, IGNORE_INDEX)
 
 
-def tail(targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The K - 1 tokens behind the end of the tokens, `[B, K - 1, C]`, and which are known, bool `[B, K - 1]`.
+def following(packed: Tensor, targets: Tensor, key_padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The tokens of the positions 0 to T + K - 2, `[B, T + K - 1, C]`, and which are known, bool `[B, T + K - 1]`.
 
-    They are the targets of the last position. One that is ignored, in whichever context, is not known, and those
-    behind it are of no use without it.
+    Padded positions have no token of their own, nor have those behind the end: theirs are the targets of the last
+    position before that has one. A target that is ignored, in whichever context, is not known, and those behind it are
+    of no use without it.
     """
-    ids = targets[:, -1, :, :-1].transpose(1, 2)
-    known = (ids != IGNORE_INDEX).all(-1).long().cumprod(1).bool()
+    batch, length, _, steps = targets.shape
+    real = torch.ones_like(packed[..., 0], dtype=torch.bool) if key_padding_mask is None else key_padding_mask
+    held = torch.cat((packed.unsqueeze(-1), targets[..., :-1]), dim=-1)  # of each position, and of those behind it
+    usable = (held != IGNORE_INDEX).all(2).long().cumprod(-1).bool() & real.unsqueeze(-1)
+    place = torch.arange(length + steps - 1, device=packed.device).expand(batch, -1)
+    last = torch.where(F.pad(real, (0, steps - 1)), place, 0).cummax(1).values
+    distance = place - last
+    index = last * steps + distance.clamp(max=steps - 1)
+    known = usable.flatten(1).gather(1, index) & (distance < steps)
+    ids = held.transpose(2, 3).flatten(1, 2).gather(1, index.unsqueeze(-1).expand(-1, -1, held.shape[2]))
     return torch.where(known.unsqueeze(-1), ids, 0), known
 
 
@@ -95,3 +106,51 @@ def own_rows(targets: Tensor) -> Tensor:
     steps = targets.shape[-1]
     mine = torch.eye(steps, dtype=torch.bool, device=targets.device)[:, None, None]
     return torch.where(mine, targets, IGNORE_INDEX).flatten(0, 1)
+
+
+def divisors(targets: Tensor, counts: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What each mean over the first dimension divides by: `counts`, or how many targets are valid, and never 0, so that
+    a mean over nothing is 0. As in the operators, a count of 0 where there are targets makes the loss enormous."""
+    if counts is None:
+        return (targets != IGNORE_INDEX).sum(0).clamp(min=1)
+    return counts.to(dtype).clamp(min=torch.finfo(dtype).tiny)
+
+
+def cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    logits: Tensor | None,
+    targets: Tensor,
+    shares: Tensor | tuple[float, ...],
+    counts: Tensor | None,
+    *,
+    by_step: bool,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Of states x `[K, B, T, E]`, or `[1, B, T, E]` where all steps share one, against targets `[B * T, C, K]`: the
+    loss, or with `by_step` the K parts `[K]` that it is the sum of but for their `shares`; and all means, `[C, K]`.
+
+    `logits` are those of x[0], where they were made: the loss is then that of these, and costs no second product.
+    """
+    heads, steps = x.shape[0], targets.shape[-1]
+    made = 0 if logits is None else steps if heads == 1 else 1  # how many steps the logits answer for
+    first, rest = slice(0, made), slice(made, steps)
+    calls: list[tuple[Any, tuple[Tensor, ...], Tensor, slice]] = []
+    if logits is not None:
+        calls.append((mtp_cross_entropy, (logits.flatten(0, 1),), targets[..., first], first))
+    if made < steps:
+        states, rows = (x, targets) if heads == 1 else (x[rest], own_rows(targets[..., rest]))
+        calls.append((linear_mtp_cross_entropy, (states.flatten(0, 2), weight), rows, rest))
+    losses, means = [], []
+    for operator, inputs, rows, which in calls:
+        part = None if counts is None else counts[:, which]
+        if by_step:  # the entries of all steps have one derivative, of which each part takes its own
+            ones = (1.0,) * rows.shape[-1]
+            result = operator(*inputs, rows, step_weights=ones, reduction="none", **options)
+            losses.append((result.loss.sum(0) / divisors(rows, part, result.loss.dtype)).sum(0))
+        else:
+            result = operator(*inputs, rows, step_weights=shares[which], counts=part, **options)
+            losses.append(result.loss)
+        means.append(result.per_step)
+    loss = torch.cat(losses) if by_step else losses[0] if len(losses) == 1 else losses[0] + losses[1]
+    return loss, torch.cat(means, dim=-1)

@@ -15,15 +15,25 @@ from torch import Tensor, nn
 
 from megactx.block import Block, init_blocks
 from megactx.config import GPTConfig
-from megactx.heads import Ahead, Places, make_heads, own_rows, parallel, sequential, step_weights, tail
-from megactx.kernels._runtime import check_like, check_number, check_shape, check_tensor
+from megactx.heads import (
+    Ahead,
+    Places,
+    cross_entropy,
+    divisors,
+    following,
+    make_heads,
+    parallel,
+    sequential,
+    step_weights,
+)
+from megactx.kernels._runtime import check_number
 from megactx.nn.constants import WithConstants
 from megactx.nn.embedding import NumericEmbedding, NumericHead, PackedEmbedding, PackedHead
-from megactx.nn.mtp import LinearMTPCrossEntropyLoss
 from megactx.nn.norm import RMSNorm
 from megactx.tokens import (
     IGNORE_INDEX,
     Tokens,
+    check_counts,
     check_ids,
     check_places,
     check_targets,
@@ -86,10 +96,6 @@ class GPT(WithConstants):
         self.head = PackedHead(config.vocab_sizes, config.n_embd) if separate else None
         self.numeric_head = NumericHead(len(numeric), config.n_embd, hidden, layers) if numeric else None
 
-        # Both are given the head's weight at each call, and have none that a state dict would hold.
-        self.criterion = self._criterion("mean") if self.categorical else None
-        self.entries = self._criterion("none") if self.categorical else None
-
         self._mtp_weight = 0.1
         self.set_constants()
         # Embeddings and numeric MLPs have set themselves up. The heads come last: one seed makes one trunk.
@@ -97,18 +103,6 @@ class GPT(WithConstants):
         if self.position_embedding is not None:
             nn.init.normal_(self.position_embedding, std=0.02)
         self.mtp_blocks = make_heads(config)
-
-    def _criterion(self, reduction: str) -> LinearMTPCrossEntropyLoss:
-        sizes = self.config.vocab_sizes
-        return LinearMTPCrossEntropyLoss(
-            self.config.n_embd,
-            sum(sizes),
-            tied=True,
-            vocab_sizes=sizes,
-            context_weights=[self.config.loss_weights[i] for i in self.categorical],
-            ignore_index=IGNORE_INDEX,
-            reduction=reduction,
-        )
 
     def constants(self, device: torch.device | None) -> dict[str, Tensor]:
         """Small facts about the contexts; `numeric_scales` float32 `[3, numeric contexts]`: mean, std, loss weight."""
@@ -125,10 +119,14 @@ class GPT(WithConstants):
 
     def set_mtp_weight(self, value: float) -> None:
         """What the losses of the steps 2 to K weigh together, 0.1 at first; a compiled model goes on with the new value
-        without compiling again, and no queue is waited for. A checkpoint does not hold it: it belongs to a schedule."""
-        value = float(check_number("mtp_weight", value, ">= 0 and finite"))
-        if value < 0:
-            raise ValueError(f"mtp_weight must be >= 0 and finite, got {value!r}")
+        without compiling again, and no queue is waited for. A checkpoint does not hold it: it belongs to a schedule.
+
+        This is the way to set it: a number written into the buffer `mtp_weight` is lost when the module moves or
+        changes its type."""
+        words = ">= 0 and finite in float32"
+        value = float(check_number("mtp_weight", value, words))
+        if not 0 <= value <= torch.finfo(torch.float32).max:
+            raise ValueError(f"mtp_weight must be {words}, got {value!r}")
         self._mtp_weight = value
         self.mtp_weight.fill_(value)
 
@@ -152,10 +150,11 @@ class GPT(WithConstants):
         `tokens`: a mapping from context name to integer `[B, T]`; or a list of such tensors with their names in
         `token_order`; or one packed tensor `[B, T, C]`, in the config's order unless `token_order` says otherwise, or
         `[B, T]` of a single context. `targets`: the same three forms, with a last dimension K more where there are
-        several steps: entry k is the target k + 1 positions ahead, -1 is ignored. Fewer than `mtp_steps` will do.
+        several steps (`[B, T, K]` of a single context): entry k is the target k + 1 positions ahead, -1 is ignored.
+        Fewer than `mtp_steps` will do.
         `last_only` runs the heads on the last position alone; by default exactly where there are no targets.
-        `return_logits` gives them with a loss too, which then holds `[B * T, sum of vocabularies]` in memory; by
-        default exactly where there are no targets.
+        `return_logits` gives them with a loss too, which is then taken of them, and holds `[B * T, sum of
+        vocabularies]` in memory; by default exactly where there are no targets.
 
         `positions`, `lods`: int32 or int64, `[T]` for all rows alike or `[B, T]`: where each token stands, by default
         0 .. T - 1, and its level of detail, by default 0. Rotary kinds take any position ("simple" makes nothing of
@@ -167,20 +166,31 @@ class GPT(WithConstants):
         with w = `mtp_weight`; of a numeric context, the squared error of the standardised value one step ahead. It is
         float32 whatever the model's type (float64 for a double one). `counts` `[C, K]`: what the means divide by, where
         this call sees a part of a batch; the losses of the parts, and their gradients, then sum to the batch's.
+        Its gradient is made with it, so a loss can be backpropagated once, and a second time (`retain_graph`) is an
+        error. Not so where it is that of logits (`return_logits`, with shared heads), with `return_loss_components`, in
+        float16, and in a compiled graph.
 
-        Sequential heads are given the true tokens between, those behind the last one from its targets: where one of
-        these is ignored, so are the targets that would need it (`counts` must leave them out).
+        Sequential heads are given the true tokens between. Behind the last one, and where `key_padding_mask` says that
+        there is none, these are the targets of the last position before that has one: where one of them is ignored, so
+        are the targets that would need it (`counts` must leave them out). Given fewer than K steps, a model with
+        parallel or sequential heads leaves the other heads' parameters without a gradient: DistributedDataParallel then
+        needs `find_unused_parameters=True`.
 
         `targets_dict` `{"target_k": [B, T]}`, also in the place of `targets`, is the other form of a call: it returns
         `(logits, loss)`, or with `return_loss_components` `(logits, (main, auxiliary))`, whose second is the mean over
         the steps from 2 on without its weight, None where there are none. Logits are a tensor where there is one
-        context, and None where `return_logits` is False (here its default is True).
+        context, and None where `return_logits` is False (here its default is True). Of several contexts each value has
+        one of the forms of `tokens`, `token_order` included. Whoever has called that form elsewhere: without targets
+        there is no pair, `model(idx)` is a `GPTOutput`, whose `logits` have names; the flags are keywords; and where
+        contexts are really named "target_1" and so on, `targets` are by context unless `return_loss_components` or the
+        argument `targets_dict` says that they are by step.
 
         ValueError or TypeError: a missing, unknown or repeated context, an id or a target outside its vocabulary, no
         position at all, more than `block_size`, more steps than `mtp_steps`, or positions, lods, a mask or counts of
         another shape or with no use for them.
         """
-        if targets_dict is None and is_targets_dict(targets, self.config.names):
+        # Contexts may bear the names of steps; components there are of steps alone.
+        if targets_dict is None and is_targets_dict(targets, () if return_loss_components else self.config.names):
             targets, targets_dict = None, targets
         packed = self.pack(tokens, token_order)
         wanted = self._targets(packed, targets, targets_dict, token_order)
@@ -195,18 +205,18 @@ class GPT(WithConstants):
         x = self.norm(x[:, :, -1:] if wanted is None and last_only in (None, True) else x)
         scaled = None if self.numeric_head is None else self.numeric_head(x[0])
         weight = self.head_weight  # read here, inside the forward call, where FSDP has gathered it
-        logits = {}
-        if return_logits:
-            logits = dict(self._named(None if weight is None else F.linear(x[0], weight), scaled))
+        flat = None if weight is None or not return_logits else F.linear(x[0], weight)
+        logits = dict(self._named(flat, scaled)) if return_logits else {}
         if wanted is None:
             return GPTOutput(logits, None, None)
-        loss, means = self._loss(x, weight, scaled, wanted, counts, by_step=return_loss_components)
+        loss, means = self._loss(x, weight, flat, scaled, wanted, counts, by_step=return_loss_components)
         if targets_dict is None:
             return GPTOutput(logits, loss, means[:, 0], means)
         named = next(iter(logits.values())) if len(logits) == 1 else logits or None
         if not return_loss_components:
             return named, loss
-        return named, (loss[0], loss[1:].mean() if len(loss) > 1 else None)
+        # FSDP hangs its hooks on what is returned, and warns of views, on which they would not survive an `+=`.
+        return named, (loss[0].clone(), loss[1:].mean() if len(loss) > 1 else None)
 
     def _targets(
         self,
@@ -219,7 +229,7 @@ class GPT(WithConstants):
         if targets_dict is not None:
             if targets is not None:
                 raise ValueError("targets must be None where targets_dict is given")
-            wanted = pack_targets_dict(targets_dict, self.config.names)
+            wanted = pack_targets_dict(targets_dict, self.config.names, token_order)
         elif targets is not None:
             wanted = pack_targets(targets, self.config, token_order)
         else:
@@ -249,8 +259,7 @@ class GPT(WithConstants):
         if counts is not None:
             if targets is None:
                 raise ValueError("counts must be None without targets: there is no mean to divide")
-            check_shape("counts", check_tensor("counts", counts, 2), targets.shape[2:])
-            check_like("counts", counts, "tokens", packed, dtype=False)
+            check_counts(counts, targets, packed)
         self.check_ids(packed)
 
     @property
@@ -290,10 +299,14 @@ class GPT(WithConstants):
             return x[None], targets
         if self.config.mtp_heads == "parallel":
             return parallel(self.mtp_blocks, x, steps, places), targets
-        ids, known = tail(targets)
-        behind = torch.where(known.unsqueeze(-1), self.embed(ids), 0)
-        read = torch.ones_like(known[:, :1]).expand(-1, packed.shape[1])
-        ahead = Ahead(torch.cat((embedded, behind), dim=1), torch.cat((read, known), dim=1))
+        if key_padding_mask is None:  # the last token and those behind it; the others have been embedded
+            ids, known = following(packed[:, -1:], targets[:, -1:])
+            tail = torch.where(known.unsqueeze(-1), self.embed(ids), 0)
+            known = F.pad(known, (packed.shape[1] - 1, 0), value=True)
+            ahead = Ahead(torch.cat((embedded[:, :-1], tail), dim=1), known)
+        else:
+            ids, known = following(packed, targets, key_padding_mask)
+            ahead = Ahead(torch.where(known.unsqueeze(-1), self.embed(ids), 0), known)
         return sequential(self.mtp_blocks, x, ahead, steps, places), ahead.mask(targets)
 
     def embed(self, packed: Tensor) -> Tensor:
@@ -323,7 +336,8 @@ class GPT(WithConstants):
 
     def _named(self, flat: Tensor | None, scaled: Tensor | None) -> Iterator[tuple[str, Tensor]]:
         """Views of the packed outputs under the contexts' names, in the config's order."""
-        segments = iter(() if flat is None else flat.split(self.config.vocab_sizes, dim=-1))
+        sizes = self.config.vocab_sizes
+        segments = iter(() if flat is None else (flat,) if len(sizes) == 1 else flat.split(sizes, dim=-1))
         values = iter(() if scaled is None else scaled.unbind(-1))
         for context in self.config.contexts:
             yield context.name, next(segments if context.kind == "categorical" else values)
@@ -332,6 +346,7 @@ class GPT(WithConstants):
         self,
         x: Tensor,
         weight: Tensor | None,
+        logits: Tensor | None,
         scaled: Tensor | None,
         targets: Tensor,
         counts: Tensor | None,
@@ -343,39 +358,27 @@ class GPT(WithConstants):
         dtype = torch.promote_types(self.norm.weight.dtype, torch.float32)
         loss = torch.zeros(steps if by_step else (), device=targets.device, dtype=dtype)
         means = torch.zeros(targets.shape[2:], device=targets.device, dtype=dtype)
-        if self.criterion is not None and self.entries is not None:
-            index = self.categorical_index
+        if weight is not None:
+            index, sizes = self.categorical_index, self.config.vocab_sizes
             rows = (targets if scaled is None else targets.index_select(2, index)).flatten(0, 1)
-            rows = rows if x.shape[0] == 1 else own_rows(rows)
             part = counts if counts is None or scaled is None else counts.index_select(0, index)
-            call = (x.flatten(0, 2), rows, weight)
-            if by_step:  # the entries of all steps have one derivative, of which each part takes its own
-                result = self.entries(*call, step_weights=(1.0,) * steps, return_per_step=True)
-                loss = loss + (result.loss.sum(0) / _divisors(rows, part)).sum(0)
-            else:
-                weights = step_weights(self.mtp_weight, steps)
-                result = self.criterion(*call, step_weights=weights, counts=part, return_per_step=True)
-                loss = loss + result.loss
-            means = means.index_copy(0, index, result.per_step.to(dtype))
+            shares = step_weights(self.mtp_weight, steps)
+            weights = [self.config.loss_weights[i] for i in self.categorical]
+            options = {"vocab_sizes": sizes, "context_weights": weights, "ignore_index": IGNORE_INDEX}
+            found, by_entry = cross_entropy(x, weight, logits, rows, shares, part, by_step=by_step, **options)
+            loss = loss + found
+            means = means.index_copy(0, index, by_entry.to(dtype))
         if scaled is not None:
             codes = targets[..., 0].index_select(-1, self.numeric_index).flatten(0, 1)
             valid = codes != IGNORE_INDEX
             error = torch.where(valid, scaled.flatten(0, 1) - self.standardise(codes), 0.0)
             part = None if counts is None else counts[:, 0].index_select(0, self.numeric_index)
-            squared = error.square().sum(0) / _divisors(codes, part)
+            squared = error.square().sum(0) / divisors(codes, part, error.dtype)
             numeric = (squared * self.numeric_scales[2]).sum()
             loss = loss + (F.pad(numeric[None], (0, steps - 1)) if by_step else numeric)
             columns = F.pad(squared.detach().to(dtype)[:, None], (0, steps - 1))
             means = means.index_copy(0, self.numeric_index, columns)
         return loss, means
-
-
-def _divisors(targets: Tensor, counts: Tensor | None) -> Tensor:
-    """What each mean over the first dimension divides by: `counts`, or how many targets are valid; 1 in place of 0,
-    which makes a mean over nothing 0."""
-    if counts is None:
-        counts = (targets != IGNORE_INDEX).sum(0)
-    return torch.where(counts > 0, counts, 1)
 
 
 def _shared(packed: Tensor, positions: Tensor | None, lods: Tensor | None) -> tuple[Tensor, Tensor | None]:

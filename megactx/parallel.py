@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megactx.errors import MegactxError
+from megactx.errors import MegactxError, ProcessGroupError
 
 ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 # Long enough for rank 0 to write a checkpoint of a large model while the others wait, short enough to notice that one
@@ -49,7 +49,10 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
 
 
 class Group(AbstractContextManager["Group"]):
-    """The processes of a run. Every method that is not marked "alone" must be called by all of them, in one order."""
+    """The processes of a run. Every method that is not marked "alone" must be called by all of them, in one order.
+
+    As a context manager: an error in a group that was joined leaves it as a `ProcessGroupError`, which see.
+    """
 
     def __init__(self, mode: str, rank: int, world_size: int, device: torch.device) -> None:
         self.mode, self.rank, self.world_size, self.device = mode, rank, world_size, device
@@ -89,16 +92,21 @@ class Group(AbstractContextManager["Group"]):
         return cls(mode, dist.get_rank(), dist.get_world_size(), device)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        # After an error the others may be in the middle of an exchange. On a GPU, taking leave would wait for them;
-        # ending the process does not, and tells them.
-        if self.mode != "none" and (kind is None or self.device.type == "cpu"):
+        if self.mode == "none":
+            return
+        if error is None:
             dist.destroy_process_group()
-        if isinstance(error, MegactxError) and self.rank > 0:
-            raise MegactxError(f"rank {self.rank}: {error}") from error
+            return
+        # After an error the others may be in the middle of an exchange, and to take leave would wait for them. Nor may
+        # this process clean up behind itself: where the traceback is freed DDP's reducer goes with it, and with that
+        # gloo's, whose destructor waits for a thread of its own and holds the interpreter's lock meanwhile, which
+        # that thread may be waiting for. So the process is to end as it stands; that closes its connections, and the
+        # others hear of it.
         if self.world_size > 1 and _is_lost_connection(error):
-            raise MegactxError(
-                f"rank {self.rank}: the connection to another process is lost; the first error of those says why"
-            ) from error
+            lost = MegactxError("the connection to another process is lost; the first error of those says why")
+            lost.__cause__ = error
+            error = lost
+        raise ProcessGroupError(error, self.rank) from error
 
     @property
     def main(self) -> bool:
@@ -153,6 +161,15 @@ class Group(AbstractContextManager["Group"]):
         content = torch.frombuffer(data, dtype=torch.uint8) if self.main else torch.empty(size, dtype=torch.uint8)
         dist.broadcast(content, 0)
         return json.loads(content.numpy().tobytes())
+
+    def collect_json(self, value: Any) -> list[Any]:
+        """What each process gave, by rank, in every process."""
+        if self.world_size == 1:
+            return [value]
+        data = json.dumps(value).encode()
+        padded = torch.full((self.highest(len(data))[0],), ord(" "), dtype=torch.uint8)  # JSON may end in spaces
+        padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        return [json.loads(found.numpy().tobytes()) for found in self.collect(padded)]
 
     def share_tensors(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Rank 0's tensors in every process, one at a time on the CPU. The others' argument is not looked at."""

@@ -31,7 +31,12 @@ def quantity(value: float) -> str:
     return f"{value:.0f}"
 
 
-def ahead_losses(row: dict[str, Any], prefix: str = "") -> dict[int, float]:
+def loss_text(value: float | None, digits: int = 4) -> str:
+    """`-` for a loss that nothing was measured for: NaN, which is null in a file of metrics."""
+    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def ahead_losses(row: dict[str, Any], prefix: str = "") -> dict[int, float | None]:
     """The losses of a row for the targets k = 2..K, by k; none where only the next token is predicted."""
     start = f"{prefix}mtp_loss_"
     return {int(name.removeprefix(start)): value for name, value in row.items() if name.startswith(start)}
@@ -76,14 +81,14 @@ class Progress:
         line.append(f"step {row['step']}/{self.max_steps}", style="bold")
         line.append(f" | eta {duration(self._remaining(row))} | ")
         line.append(f"{quantity(row['tokens_per_second'])} tok/s", style="bold")
-        line.append(f" | loss {row['loss']:.4f} |")
+        line.append(f" | loss {loss_text(row['loss'])} |")
         for index, (name, value) in enumerate(row["losses"].items()):
-            line.append(f" {name} ", style="dim").append(f"{value:.3f}", style=_LANE_COLOURS[index % 6])
+            line.append(f" {name} ", style="dim").append(loss_text(value, 3), style=_LANE_COLOURS[index % 6])
         ahead = ahead_losses(row)
         if ahead:
             line.append(" | ahead", style="dim")
             for k, value in ahead.items():
-                line.append(f" +{k} ", style="dim").append(f"{value:.3f}")
+                line.append(f" +{k} ", style="dim").append(loss_text(value, 3))
             line.append(f" x {row['mtp_weight']:.3g}")
         line.append(f" | lr {row['lr']:.1e} | norm {row['grad_norm']:.2f} | {row['ms']:.0f} ms")
         return line
@@ -110,16 +115,16 @@ class Progress:
                 cells[0] = f"{marks['variance']:.4f} (variance)"
             table.add_row(
                 name,
-                f"{row['train'][name]:.4f}",
-                Text(f"{value:.4f}", style="green" if good else ""),
-                "-" if numeric else f"{value / math.log(2):.3f}",
+                loss_text(row["train"][name]),
+                Text(loss_text(value), style="green" if good else ""),
+                "-" if numeric else loss_text(value / math.log(2), 3),
                 *cells,
             )
         self.console.print(table)
         ahead = ahead_losses(row, "val_")
         if ahead:
-            losses = ", ".join(f"{value:.4f} {k} tokens" for k, value in ahead.items())
+            losses = ", ".join(f"{loss_text(value)} {k} tokens" for k, value in ahead.items())
             self.note(
                 f"val ahead: {losses} | with the next token's, at weight {row['mtp_weight']:.3g}: "
-                f"{row['val_mtp_loss']:.4f}"
+                f"{loss_text(row['val_mtp_loss'])}"
             )

@@ -21,7 +21,7 @@ from megactx.data.bundle import ContextInfo, contexts_from_manifest
 from megactx.errors import MegactxError
 from megactx.files import read_json
 from megactx.metrics import METRICS, read_rows, yardsticks
-from megactx.progress import ahead_losses, duration, quantity
+from megactx.progress import ahead_losses, duration, loss_text, quantity
 
 SAMPLES = "samples.json"  # what training leaves for the report: ids, and how many of them are the prompt
 STYLE = """
@@ -133,9 +133,10 @@ def _losses_table(evaluation: dict[str, Any], contexts: Sequence[ContextInfo]) -
         name, numeric = context.name, context.kind == "numeric"
         marks = list(yardsticks([context])[name].values())
         value = evaluation["val"][name]
-        good = " class='good'" if marks and value < min(marks) else ""
-        cells = [f"<td>{evaluation['train'][name]:.4f}</td>", f"<td{good}>{value:.4f}</td>"]
-        cells.append("<td>-</td>" if numeric else f"<td>{value / math.log(2):.3f}</td>")
+        good = " class='good'" if value is not None and marks and value < min(marks) else ""
+        cells = [f"<td>{loss_text(evaluation['train'][name])}</td>", f"<td{good}>{loss_text(value)}</td>"]
+        bits = None if numeric or value is None else value / math.log(2)
+        cells.append(f"<td>{loss_text(bits, 3)}</td>")
         cells += [f"<td>{mark:.4f}</td>" for mark in marks] + (["<td>(variance)</td>"] if numeric else [])
         cells += ["<td>-</td>"] * (5 - len(cells))
         lines.append(f"<tr><td>{html.escape(name)}</td>{''.join(cells)}</tr>")
@@ -148,10 +149,10 @@ def _ahead_section(rows: list[dict[str, Any]]) -> str:
     ahead = ahead_losses(evaluation, "val_")
     if not ahead:
         return ""
-    named = [("the next token (val_loss)", f"{evaluation['val_loss']:.4f}")]
-    named += [(f"{k} tokens ahead", f"{value:.4f}") for k, value in ahead.items()]
+    named = [("the next token (val_loss)", loss_text(evaluation["val_loss"]))]
+    named += [(f"{k} tokens ahead", loss_text(value)) for k, value in ahead.items()]
     together = f"together, at weight {evaluation['mtp_weight']:.3g} (val_mtp_loss)"
-    named.append((together, f"{evaluation['val_mtp_loss']:.4f}"))
+    named.append((together, loss_text(evaluation["val_mtp_loss"])))
     weights = [row["mtp_weight"] for row in rows if "mtp_weight" in row]
     return (
         "<h2>Multi-token prediction</h2>"

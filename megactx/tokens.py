@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megactx.config import GPTConfig, check_names
+from megactx.kernels._runtime import check_constant, check_like, check_shape, check_tensor
 
 Tokens = Mapping[str, Tensor] | Sequence[Tensor] | Tensor
 IGNORE_INDEX = -1
@@ -41,22 +42,30 @@ def pack_tokens(
 
 
 def pack_targets(targets: Tokens, config: GPTConfig, token_order: Sequence[str] | None = None) -> Tensor:
-    """Targets in any form to one int64 `[B, T, C, K]`: packed ones have no K where it is 1, and named ones are `[B, T]`
-    or `[B, T, K]` each. A numeric context, of which nothing but step 1 is read, may have that alone."""
+    """Targets in any form to one int64 `[B, T, C, K]`: packed ones have no K where it is 1 and no C where there is one
+    context, and named ones are `[B, T]` or `[B, T, K]` each. A numeric context, of which nothing but step 1 is read,
+    may have that alone."""
     names = config.names
     if isinstance(targets, Tensor):
-        if targets.dim() == 4 and targets.shape[2] == len(names):
-            return _ordered(targets, names, token_order, "targets")
-        if targets.dim() == 4:
-            raise ValueError(f"targets must be [B, T, {len(names)}, K], got {list(targets.shape)}")
-        return pack_tokens(targets, names, token_order, "targets").unsqueeze(-1)
+        single, shape = len(names) == 1, list(targets.shape)
+        if single and targets.dim() in (2, 3):  # [B, T, 1] is one context's one step, whichever of them it names
+            targets = targets.reshape(*shape[:2], 1, *(shape[2:] or (1,)))
+        elif targets.dim() == 3:
+            targets = targets.unsqueeze(-1)
+        if targets.dim() != 4 or targets.shape[2] != len(names):
+            others = "[B, T], [B, T, K]" if single else f"[B, T, {len(names)}]"
+            raise ValueError(f"targets must be {others} or [B, T, {len(names)}, K], got {shape}")
+        return _ordered(targets, names, token_order, "targets")
     by_name = _by_name(targets, names, token_order, "targets")
+    for name, stream in by_name.items():
+        if stream.dim() not in (2, 3):
+            raise ValueError(f"targets of context {name!r} must be [B, T] or [B, T, K], got {list(stream.shape)}")
     streams = {name: t.unsqueeze(-1) if t.dim() == 2 else t for name, t in by_name.items()}
     first = streams[names[0]]
-    steps = max(t.shape[-1] if t.dim() == 3 else 0 for t in streams.values())
+    steps = max(t.shape[-1] for t in streams.values())
     for context in config.contexts:
         stream = streams[context.name]
-        good = stream.dim() == 3 and stream.shape[:2] == first.shape[:2]
+        good = stream.shape[:2] == first.shape[:2]
         if not good or stream.shape[-1] not in ((steps,) if context.kind == "categorical" else (1, steps)):
             raise ValueError(
                 f"targets of all contexts must be [B, T] or [B, T, {steps}] alike: {names[0]!r} is "
@@ -67,21 +76,25 @@ def pack_targets(targets: Tokens, config: GPTConfig, token_order: Sequence[str] 
 
 
 def is_targets_dict(targets: object, names: Sequence[str]) -> bool:
-    """Whether these are targets by step, `{"target_1": ..., "target_2": ...}`, and not by context."""
+    """Whether these are targets by step, `{"target_1": ..., "target_2": ...}`, and not by context, of which there are
+    `names`."""
     if not isinstance(targets, Mapping) or not targets or set(targets) <= set(names):
         return False
     return all(isinstance(key, str) and _STEP_NAME.fullmatch(key) for key in targets)
 
 
-def pack_targets_dict(targets_dict: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
-    """`{"target_k": [B, T]}`, for several contexts `[B, T, C]`, k = 1 .. K without a gap, to int64 `[B, T, C, K]`."""
+def pack_targets_dict(
+    targets_dict: Mapping[str, Tokens], names: Sequence[str], token_order: Sequence[str] | None = None
+) -> Tensor:
+    """`{"target_k": [B, T]}`, k = 1 .. K without a gap, to int64 `[B, T, C, K]`; for several contexts each value has
+    one of the three forms of tokens."""
     if not isinstance(targets_dict, Mapping):
         raise TypeError(f"targets_dict must map 'target_1' and so on to tensors, got {type(targets_dict).__name__}")
     wanted = [f"target_{k}" for k in range(1, max(len(targets_dict), 1) + 1)]
     if set(targets_dict) != set(wanted):
         given = ", ".join(map(str, targets_dict)) or "none"
         raise ValueError(f"targets_dict must hold {', '.join(wanted)}, got {given}")
-    steps = [pack_tokens(targets_dict[key], names, argument=key) for key in wanted]
+    steps = [pack_tokens(targets_dict[key], names, token_order, key) for key in wanted]
     for key, step in zip(wanted, steps, strict=True):
         if step.shape != steps[0].shape:
             raise ValueError(f"targets_dict: {key} is {list(step.shape)}, target_1 is {list(steps[0].shape)}")
@@ -96,6 +109,14 @@ def check_targets(targets: Tensor, packed: Tensor, mtp_steps: int) -> None:
     steps = targets.shape[-1]
     if not 1 <= steps <= mtp_steps:
         raise ValueError(f"targets must hold 1 to mtp_steps = {mtp_steps} steps, got {steps}")
+
+
+def check_counts(counts: Tensor, targets: Tensor, packed: Tensor) -> None:
+    """Refuse what could not divide the means of targets `[B, T, C, K]`, which numeric contexts would take."""
+    check_shape("counts", check_tensor("counts", counts, 2), targets.shape[2:])
+    if counts.dtype not in (torch.int32, torch.int64, torch.float32, torch.float64):
+        raise TypeError(f"counts must be int32, int64, float32 or float64, got {counts.dtype}")
+    check_constant("counts", check_like("counts", counts, "tokens", packed, dtype=False))
 
 
 def check_ids(packed: Tensor, limits: Tensor, config: GPTConfig, argument: str) -> None:
@@ -170,6 +191,8 @@ def _by_name(
     if isinstance(tokens, Mapping):
         by_name = dict(tokens)
         check_names(argument, names, list(by_name))
+    elif not isinstance(tokens, Sequence):
+        raise TypeError(f"{argument} must be a tensor, or a mapping or list of tensors, got {type(tokens).__name__}")
     else:
         if token_order is None:
             raise ValueError(f"{argument} given as a list need token_order, the names of its contexts")

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from megactx.train_config import (
     read_config_file,
     refuse_unused,
     resolve,
+    shared_settings,
 )
 
 if TYPE_CHECKING:
@@ -61,7 +62,9 @@ def run(args: argparse.Namespace) -> int:
         found = _share_found(group, found)
         config = resolve(typed, file, found.state["train_config"] if found else {})
         refuse_unused(config, file | typed)
+        _check_same_settings(group, config)
         bundle = open_bundle(config)
+        _refuse_unheeded(config, bundle)
         model_config = _check_run(found, config, bundle)
         _check_same_data(group, bundle)
         with ExitStack() as held:
@@ -80,9 +83,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _train(
-    group: Group, config: TrainConfig, model_config: GPTConfig, bundle: Bundle, found: Checkpoint | None
-) -> int:
+def _train(group: Group, config: TrainConfig, model_config: GPTConfig, bundle: Bundle, found: Checkpoint | None) -> int:
     """Trains to the end, or until a signal comes: its number then, else 0."""
     import torch
 
@@ -105,7 +106,13 @@ def _train(
         seconds = config.max_minutes and config.max_minutes * 60
         with Progress(config.max_iters, seconds, quiet=not group.main) as progress:
             progress.note(describe(config, trainer.model, bundle, group, found))
-            finished = trainer.fit(progress, stop, sinks)
+            try:
+                finished = trainer.fit(progress, stop, sinks)
+            except BaseException:  # the process may end at once, with what a sink has not written yet
+                for sink in sinks:
+                    with suppress(Exception):
+                        sink.close()
+                raise
         for sink in sinks:
             sink.close()
     if finished:
@@ -141,13 +148,29 @@ def open_bundle(config: TrainConfig) -> Bundle:
     return bundle
 
 
+def _refuse_unheeded(config: TrainConfig, bundle: Bundle) -> None:
+    """Settings that would change nothing for data of this kind."""
+    from megactx.data.shards import ShardSet
+
+    shards = isinstance(bundle, ShardSet)
+    if shards and config.numerical_multicontext:
+        raise MegactxError(f"numerical_multicontext: expected numbers, got {str(bundle.path)!r}: shards hold ids")
+    if config.skip_bad_shards and not shards:
+        raise MegactxError(f"skip_bad_shards: expected shards, got {str(bundle.path)!r}, which is a bundle")
+
+
 def _open_shards(config: TrainConfig) -> Bundle:
     from megactx.data.shards import ShardSet
 
     assert config.input_bin is not None  # the settings have been checked
     assert config.input_val_bin is not None
+    between = config.shard_delimiter
     return ShardSet.from_files(
-        config.input_bin, config.input_val_bin, vocab_size=config.input_vocab_size, skip_bad=config.skip_bad_shards
+        config.input_bin,
+        config.input_val_bin,
+        vocab_size=config.input_vocab_size,
+        delimiter="auto" if between is None else None if between == -1 else between,
+        skip_bad=config.skip_bad_shards,
     )
 
 
@@ -157,6 +180,11 @@ def build_model_config(config: TrainConfig, bundle: Bundle) -> GPTConfig:
         for c in bundle.contexts
     )
     weights = parse_context_weights(config.context_weights, [c.name for c in contexts])
+    if config.mtp_enabled and all(c.kind == "numeric" for c in contexts):
+        raise MegactxError(
+            "mtp_enabled: expected a context of symbols, got numeric ones alone "
+            f"({', '.join(c.name for c in contexts)}), of which the next value is all that is predicted"
+        )
     same = {name: getattr(config, name) for name in SAME}
     return GPTConfig(contexts=contexts, context_weights=weights, mtp_steps=config.mtp_steps, **same)
 
@@ -200,13 +228,9 @@ def open_sinks(config: TrainConfig, resume_step: int | None) -> list[Sink]:
     return sinks
 
 
-def describe(
-    config: TrainConfig, model: Any, bundle: Bundle, group: Group, found: Checkpoint | None
-) -> str:
+def describe(config: TrainConfig, model: Any, bundle: Bundle, group: Group, found: Checkpoint | None) -> str:
     tokens = config.tokens_per_update(group.world_size)
-    contexts = ", ".join(
-        f"{c.name} ({'numeric' if c.kind == 'numeric' else c.vocab_size})" for c in bundle.contexts
-    )
+    contexts = ", ".join(f"{c.name} ({'numeric' if c.kind == 'numeric' else c.vocab_size})" for c in bundle.contexts)
     start = f"resuming {found.path}" if found else "starting from scratch"
     processes = f" in {group.world_size} processes ({group.mode})" if group.mode != "none" else ""
     ahead = f" | {config.mtp_steps} tokens ahead ({config.mtp_heads})" if config.mtp_enabled else ""
@@ -279,6 +303,20 @@ def _check_run(found: Checkpoint | None, config: TrainConfig, bundle: Bundle) ->
     return model_config
 
 
+def _check_same_settings(group: Group, config: TrainConfig) -> None:
+    """Where they differ the processes would wait for each other without end, or each train on its own terms."""
+    own = shared_settings(config) | {"device": group.device.type, "parallel": group.mode}
+    by_rank = group.collect_json(own)
+    differing = [
+        f"{name}: {by_rank[0][name]!r} in rank 0, {other[name]!r} in rank {rank}"
+        for name in own
+        for rank, other in enumerate(by_rank)
+        if other[name] != by_rank[0][name]
+    ]
+    if differing:
+        raise MegactxError("all processes of a run need the same settings: " + "; ".join(differing))
+
+
 def _check_same_data(group: Group, bundle: Bundle) -> None:
     """Each machine reads its own copy, and they have to be one."""
     own = [[context.name, context.sha256] for context in bundle.contexts]
@@ -297,7 +335,8 @@ def _check_same_run(found: Checkpoint, config: TrainConfig, model_config: GPTCon
         raise MegactxError(f"cannot resume {found.path}: it has the contexts {', '.join(old)}, got {', '.join(new)}")
     for name, digest in new.items():
         if old.get(name) != digest:
-            raise MegactxError(f"cannot resume {found.path}: the data of context {name!r} has changed since")
+            shards = _skipped_then_and_now(found, bundle)
+            raise MegactxError(f"cannot resume {found.path}: the data of context {name!r} has changed since{shards}")
     defaults = {field.name: field.default for field in fields(GPTConfig)}  # of fields that an older version had not
     saved = defaults | found.state["model_config"] | {"optimizer": found.state["train_config"]["optimizer"]}
     asked = model_config.to_json() | {"optimizer": config.optimizer}
@@ -311,6 +350,15 @@ def _check_same_run(found: Checkpoint, config: TrainConfig, model_config: GPTCon
     ]
     if changed:
         raise MegactxError(f"cannot resume {found.path}: " + "; ".join(changed))
+
+
+def _skipped_then_and_now(found: Checkpoint, bundle: Bundle) -> str:
+    """What may explain that shards are not those of the checkpoint."""
+    now, then = getattr(bundle, "skipped", None), found.state["manifest"].get("skipped")
+    if now is None:
+        return ""
+    before = "not recorded" if then is None else ", ".join(then) or "nothing"
+    return f": a run goes on only with the same shards (left out then: {before}; now: {', '.join(now) or 'nothing'})"
 
 
 def _no_longer_fits(found: Checkpoint, config: TrainConfig, error: ValueError) -> MegactxError:

@@ -20,6 +20,7 @@ from megactx.config import AlibiRule, MTPHeads, Position, Sigma
 from megactx.errors import MegactxError
 
 MAX_MTP_STEPS = 8
+MAX_MTP_WEIGHT = 1e6  # far beyond use, far below what times a loss would leave float32
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
@@ -51,7 +52,21 @@ class TrainConfig:
     input_vocab_size: int | None = _flag(
         None, "data", "with --input_bin: symbols in the vocabulary (default: 50304, GPT-2's padded)", int
     )
-    skip_bad_shards: bool = _flag(False, "data", "leave damaged shards out and say so, instead of stopping", bool)
+    shard_delimiter: int | None = _flag(
+        None,
+        "data",
+        "with --input_bin: id of the token between documents, -1 where there is none (default: that of GPT-2, where "
+        "the vocabulary is GPT-2's, else none)",
+        int,
+    )
+    skip_bad_shards: bool = _flag(
+        False,
+        "data",
+        "leave damaged shards out and say so, instead of stopping. Damaged is one whose header is wrong, whose size is "
+        "not what that says, or that cannot be read; an id outside the vocabulary is met in training only, and stops "
+        "the run by the shard's name. A run goes on only with the shards it began with",
+        bool,
+    )
     loader: str | None = _flag(
         None,
         "data",
@@ -238,6 +253,8 @@ class TrainConfig:
     def _check_mtp(self) -> None:
         if not 2 <= self.mtp_max_steps <= MAX_MTP_STEPS:
             raise MegactxError(f"mtp_max_steps: expected a number in 2..{MAX_MTP_STEPS}, got {self.mtp_max_steps}")
+        if self.mtp_weight > MAX_MTP_WEIGHT:
+            raise MegactxError(f"mtp_weight: expected a number in 0..{MAX_MTP_WEIGHT:g}, got {self.mtp_weight}")
         if self.mtp_enabled and self.mtp_max_steps > self.block_size:
             raise MegactxError(
                 f"mtp_max_steps: expected at most block_size = {self.block_size}, got {self.mtp_max_steps}"
@@ -248,15 +265,17 @@ class TrainConfig:
 
     def _check_input(self) -> None:
         if self.input_bin is None:
-            for name in ("input_val_bin", "input_vocab_size"):
+            for name in _SHARDS[1:]:
                 if getattr(self, name) is not None:
                     raise MegactxError(f"{name}: expected --input_bin with it, got {name} alone")
             return
         if self.input_val_bin is None:
             raise MegactxError("input_val_bin: expected validation shards besides --input_bin, got none")
-        for name in ("dataset", "multicontext_datasets"):
+        for name in _FOLDERS:
             if getattr(self, name) is not None:
                 raise MegactxError(f"input_bin: expected it without {name}, got both")
+        if self.shard_delimiter is not None and self.shard_delimiter < -1:
+            raise MegactxError(f"shard_delimiter: expected an id, or -1 for none, got {self.shard_delimiter}")
 
     @property
     def mtp_steps(self) -> int:
@@ -266,14 +285,14 @@ class TrainConfig:
     @property
     def mtp_decay(self) -> tuple[int, int]:
         """The updates between which the weight of multi-token prediction falls to 0."""
-        own_heads = self.mtp_heads != "shared"
-        start = self.mtp_decay_start
+        start, end = self.mtp_decay_start, self.mtp_decay_end
         if start is None:
             # Logits of their own cost the next token's nothing (see `mtp_weight_at`), and heads that are no longer
             # trained would fall behind the rest of the model. An end that is asked for is kept, though.
-            never = own_heads and self.mtp_decay_end is None
-            start = self.max_iters + 1 if never else min(2 * self.max_iters // 3, self.mtp_decay_end or self.max_iters)
-        return start, max(self.max_iters, start) if self.mtp_decay_end is None else self.mtp_decay_end
+            never = self.mtp_heads != "shared" and end is None
+            start = self.max_iters + 1 if never else 2 * self.max_iters // 3
+            start = start if end is None else min(start, end)
+        return start, max(self.max_iters, start) if end is None else end
 
     def tokens_per_update(self, world_size: int) -> int:
         """Positions of all micro-batches of all processes."""
@@ -349,7 +368,12 @@ def _checked(name: str, value: Any, source: str) -> Any:
 _NOT_INHERITED = ("out_dir", "init_from", "device", "parallel")
 # The two ways to say where the data is. A run that goes on with data that is named the other way forgets the first.
 _FOLDERS = ("dataset", "multicontext_datasets")
-_SHARDS = ("input_bin", "input_val_bin", "input_vocab_size")
+_SHARDS = ("input_bin", "input_val_bin", "input_vocab_size", "shard_delimiter")
+# What processes of one run may have each for itself: places of their own machine (the data found there is compared),
+# and what is read by rank 0 alone.
+_OWN = ("out_dir", "device", "dataset", "multicontext_datasets", "input_bin", "input_val_bin")
+_RANK_0 = ("init_from", "keep_checkpoints", "sample_tokens", "report")
+_LOGS = ("tensorboard_log", "wandb_log", "wandb_project", "wandb_run_name")
 
 
 def resolve(typed: dict[str, Any], file: dict[str, Any], saved: dict[str, Any]) -> TrainConfig:
@@ -365,6 +389,12 @@ def resolve(typed: dict[str, Any], file: dict[str, Any], saved: dict[str, Any]) 
 def of_this_sitting(typed: dict[str, Any], file: dict[str, Any]) -> TrainConfig:
     """What is known before the run is: where it lives, and on what it is to run. The rest are defaults."""
     return TrainConfig(**{name: value for name, value in (file | typed).items() if name in _NOT_INHERITED})
+
+
+def shared_settings(config: TrainConfig) -> dict[str, Any]:
+    """What has to be the same in all processes of a run. (How they share it is in `parallel.Group.mode`.)"""
+    own = {*_OWN, *_RANK_0, *_LOGS, "parallel"}
+    return {name: value for name, value in config.to_json().items() if name not in own}
 
 
 def refuse_unused(config: TrainConfig, given: dict[str, Any]) -> None:

@@ -12,7 +12,6 @@ on before it decides anything, so that all take the same turn.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +28,7 @@ from megactx.data.bundle import SPLITS, Bundle, Split
 from megactx.errors import MegactxError
 from megactx.evaluation import evaluation_row, mean_losses
 from megactx.feed import Batch, Feed, open_feed
+from megactx.generators import PREFIX, Generators
 from megactx.metrics import Sink, yardsticks
 from megactx.model import GPT
 from megactx.optim import build_optimizers, pack_state, set_learning_rate, unpack_state
@@ -83,8 +83,8 @@ class Trainer:
         self.seconds = 0.0  # spent in updates, over all sittings of the run
         self.data_seconds = 0.0
         self._output_error: OSError | None = None
-        if group.rank > 0:  # the weights are the same in every process, what dropout drops is not
-            self._seed_by_rank()
+        self.generators = Generators(group, config.seed)
+        self.generators.part(self.step)  # the weights are the same in every process, what dropout drops is not
         self._mark()
 
     def _open_feed(self, split: Split, seed: int) -> Feed:
@@ -112,7 +112,7 @@ class Trainer:
 
         def moments() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in self.group.share_tensors(found.optimizer):
-                if name.startswith("rng/"):
+                if name.startswith(PREFIX):
                     generators[name] = tensor
                 else:
                     yield name, tensor
@@ -124,16 +124,13 @@ class Trainer:
         self.skipped, self.skipped_in_a_row = progress["skipped"], progress["skipped_in_a_row"]
         self.seconds, self.data_seconds = progress["seconds"], progress["data_seconds"]
         self.window = Window.from_json(progress["window"], len(self.names), self.model.config.mtp_steps)
-        self._set_generators(generators)
+        self.generators.restore(generators, self.step)
         self._mark()
 
     def save(self) -> Path:
         """Writes the state after the last finished update; every process takes part, rank 0 writes."""
         group, config = self.group, self.config
-        tensors = group.gather(pack_state(self.model, self.optimizers))
-        for name, state in self._rng.items():
-            states = group.collect(state)
-            tensors |= {_generator_name(name, rank): value for rank, value in enumerate(states)}
+        tensors = group.gather(pack_state(self.model, self.optimizers)) | self.generators.gather(self._rng)
         progress = {
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
@@ -203,9 +200,7 @@ class Trainer:
             OutputLost: rank 0 could not write; in all processes, so that they save together.
         """
         late = deadline is not None and time.monotonic() >= deadline
-        number, late_anywhere, failed = self.group.highest(
-            stop.number or 0, late, self._output_error is not None
-        )
+        number, late_anywhere, failed = self.group.highest(stop.number or 0, late, self._output_error is not None)
         if failed:
             raise OutputLost(self._output_error or MegactxError("leaving, for rank 0 cannot write"))
         if number:
@@ -255,7 +250,8 @@ class Trainer:
         return {
             "applied": cause is None,
             "cause": cause,
-            "loss": loss,
+            # Not the 0 that the loss is where there was nothing to predict: that would look perfect.
+            "loss": loss.masked_fill(steps[:, 0].isnan().all(), float("nan")),
             "steps": steps,
             "norm": norm_value,
             "lr": learning_rate,
@@ -265,7 +261,8 @@ class Trainer:
         }
 
     def _backward(self, batches: Sequence[Batch], stop: StopSignal) -> tuple[Tensor, Tensor] | None:
-        """The gradient of the whole update, its loss and its losses float32 `[C, K]`; None when a signal came."""
+        """The gradient of the whole update, its loss and its losses float32 `[C, K]`, NaN for those without any target;
+        None when a signal came."""
         group = self.group
         # The loss of an update is the mean over all its valid targets. Micro-batches, and the parts of the processes,
         # do not hold equally many (a document's end hides some), and the mean of their means would weigh a target more
@@ -287,7 +284,7 @@ class Trainer:
             loss += out.loss.detach()
             steps += out.step_losses
         totals = group.sum(torch.cat((loss.view(1), steps.flatten()))) / group.world_size
-        return totals[0], totals[1:].view_as(steps)
+        return totals[0], totals[1:].view_as(steps).masked_fill(divisor == 0, float("nan"))
 
     def learning_rate(self) -> float:
         config = self.config
@@ -359,24 +356,8 @@ class Trainer:
     def _mark(self) -> None:
         """Keeps what a checkpoint of this moment needs and the next update moves on before it is finished: a signal
         may cut that one short."""
-        self._rng = {"rng/cpu": torch.get_rng_state()}  # what dropout draws from
-        if self.device.type == "cuda":
-            self._rng["rng/cuda"] = torch.cuda.get_rng_state(self.device)
+        self._rng = self.generators.states()
         self._feed_state = self.feed.state()
-
-    def _set_generators(self, saved: dict[str, Tensor]) -> None:
-        """This rank's generators, as they were; a rank that the checkpoint does not know gets its own new ones."""
-        if self.group.rank > 0:
-            self._seed_by_rank()
-        cpu, cuda = (saved.get(_generator_name(name, self.group.rank)) for name in ("rng/cpu", "rng/cuda"))
-        if cpu is not None:
-            torch.set_rng_state(cpu)
-        if cuda is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(cuda, self.device)
-
-    def _seed_by_rank(self) -> None:
-        text = f"{self.config.seed} {self.step} {self.group.rank}"
-        torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1)
 
     def _zero_grad(self) -> None:
         for optimizer in self.optimizers.values():
@@ -406,10 +387,6 @@ class Trainer:
             write(*arguments)
         except OSError as error:
             self._output_error = self._output_error or error
-
-
-def _generator_name(name: str, rank: int) -> str:
-    return name if rank == 0 else f"{name}/{rank}"
 
 
 def _non_finite(loss: float, norm: float) -> str | None:

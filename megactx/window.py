@@ -37,10 +37,12 @@ class Window:
     def to_json(self) -> list[dict[str, Any]]:
         return finite([row | {"loss": row["loss"].item(), "steps": row["steps"].tolist()} for row in self.rows])
 
-    def summary(
-        self, names: Sequence[str], context_weights: Sequence[float], tokens_per_update: int
-    ) -> dict[str, Any]:
-        """Means over the updates that were applied; `ntp_loss`, `mtp_loss_k` and `mtp_weight` where K > 1."""
+    def summary(self, names: Sequence[str], context_weights: Sequence[float], tokens_per_update: int) -> dict[str, Any]:
+        """Means over the updates that were applied; `ntp_loss`, `mtp_loss_k` and `mtp_weight` where K > 1.
+
+        Of a loss, over those updates that had a target for it, and NaN where none had. `mtp_weight` is a mean too, so
+        that `loss` is close to `ntp_loss + mtp_weight * mean of mtp_loss_k`, and equal to it in a window of one.
+        """
         rows = self.rows
         applied = [row for row in rows if row["applied"]] or rows
         seconds = sum(row["seconds"] for row in rows)
@@ -51,7 +53,7 @@ class Window:
         }
         if len(steps[0]) > 1:
             found |= named_steps(steps, context_weights)
-            found["mtp_weight"] = rows[-1]["mtp_weight"]
+            found["mtp_weight"] = sum(row["mtp_weight"] for row in applied) / len(applied)
         return found | {
             "lr": rows[-1]["lr"],
             "grad_norm": applied[-1]["norm"],
@@ -62,7 +64,7 @@ class Window:
 
 
 def _mean(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack([tensor.cpu() for tensor in tensors]).mean(0)
+    return torch.stack([tensor.cpu() for tensor in tensors]).nanmean(0)
 
 
 def _number(value: float | None) -> float:

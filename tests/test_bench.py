@@ -18,10 +18,7 @@ sys.path.insert(0, str(BENCH))  # scripts, which import one another by their own
 import cases  # noqa: E402
 import figures  # noqa: E402
 import measure  # noqa: E402
-import mtp  # noqa: E402
 import mtp_cases  # noqa: E402
-import mtp_providers  # noqa: E402
-import mtp_step  # noqa: E402
 import providers  # noqa: E402
 import timing  # noqa: E402
 
@@ -29,8 +26,6 @@ sys.path.remove(str(BENCH))
 
 ROTARY = cases.RotaryCase(2, 5, heads=4, kv_heads=2, head_dim=8, dtype="fp32")
 ATTENTION = cases.AttentionCase(2, 40, 40, heads=4, kv_heads=2, head_dim=16, dtype="fp32")
-MTP = mtp_cases.MTPCase(40, (48, 7), 16, steps=3)
-STEP = mtp_step.StepCase(2, "fp32", tokens=8, layers=1, width=16, heads=2, vocabulary=32)
 FAMILIES = (cases.ROTARY, cases.ATTENTION, mtp_cases.MTP)
 ALL = [case for found in FAMILIES for listed in found.values() for case in listed]
 
@@ -86,22 +81,6 @@ def test_cases_have_names_of_their_own_and_the_sizes_that_are_asked_for() -> Non
     assert all(f"N16384 V50304 d768 K{steps} bf16 fwd+bwd" in names for steps in (1, 4))
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_the_work_of_a_cross_entropy_is_that_of_its_tensors_and_products(dtype: str) -> None:
-    case = replace(MTP, dtype=dtype)
-    given = case.inputs("cpu")
-    small = size(given["tokens"], given["step_weights"]) + 4
-    own = size(given["hidden"], given["weight"])
-    assert replace(case, backward=False).bytes == own + small
-    assert case.bytes == 2 * own + small
-    assert case.flops == 3 * replace(case, backward=False).flops == 3 * 2 * 40 * (48 + 7) * 16
-
-    over = replace(case, width=None)
-    logits = size(over.inputs("cpu")["logits"])
-    assert replace(over, backward=False).bytes == logits + small
-    assert over.bytes == 2 * (logits + small) + logits  # read again, and the gradient
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -144,51 +123,6 @@ def test_every_provider_of_attention_agrees_with_the_truth(change: dict[str, Any
     assert facts["prepared_bytes"]["auto"] == 0
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {},
-        {"dtype": "bf16"},
-        {"backward": False},
-        {"vocab_sizes": (61,), "steps": 1},
-        {"width": None},
-        {"width": None, "dtype": "bf16", "vocab_sizes": (61,), "backward": False},
-    ],
-    ids=str,
-)
-def test_every_provider_of_a_cross_entropy_agrees_with_the_truth(change: dict[str, Any]) -> None:
-    case = replace(MTP, **change)
-    listed = mtp_providers.mtp("eager")
-    facts, calls = measure.admit(case, listed, "cpu")
-    native = (
-        {"native, its chunks", "native, chunks"}
-        if case.width and hasattr(torch.nn, "LinearCrossEntropyLoss")
-        else set()
-    )
-    products = {"GEMMs"} if case.width else set()
-    first = {"auto, K = 1"} if case.steps > 1 else set()
-    assert {"auto", "seed", "compiled"} | native | products | first <= set(calls)
-    assert set(facts["unavailable"]) == {p.name for p in listed} - set(calls)
-    assert not any("wrong" in reason or "Error" in reason for reason in facts["unavailable"].values())
-    assert facts["unavailable"]["CCE"] == "needs a CUDA device"
-    assert facts["prepared_bytes"]["auto"] == 0
-
-
-def test_the_targets_of_a_position_are_the_tokens_that_follow_and_are_in_memory_once() -> None:
-    given = MTP.inputs("cpu")
-    targets, tokens = MTP.targets(given), given["tokens"]
-    assert targets.shape == (40, 2, 3)
-    assert all(torch.equal(targets[..., k], tokens[k : k + 40]) for k in range(3))
-    assert targets.untyped_storage().nbytes() == size(tokens)
-
-
-def test_the_truth_of_a_cross_entropy_does_not_depend_on_how_it_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = MTP.inputs("cpu")
-    whole = MTP.truth(given)
-    monkeypatch.setattr(mtp_cases, "BLOCK", 13 * 55)
-    torch.testing.assert_close(MTP.truth(given), whole)
-
-
 def test_the_truth_does_not_depend_on_how_it_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     case = replace(ATTENTION, queries=33, backward=True)
     given = case.inputs("cpu")
@@ -225,20 +159,6 @@ def test_peak_memory_counts_what_is_held_at_a_time() -> None:
         assert abs(peak - buffers * size(x)) < 2**20
 
 
-def test_memory_is_that_of_a_process_of_its_own_where_the_case_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCH))  # the other process imports what it runs
-    case = mtp_cases.MTPCase(1024, (16384,), 8, steps=2, backward=False, alone=True)
-    call = mtp.call_of(case, "seed", 1)
-    call()
-    found = mtp.peak(case, "seed", call, "cpu")
-    if found is None:
-        pytest.skip("this system does not tell")
-    here = measure.peak(case, "seed", call, "cpu")
-    assert here is not None
-    assert abs(found - here) < 2**20
-    assert found > 0.95 * 2 * 4 * 1024 * 16384  # the logits and their log-softmax
-
-
 def test_slow_calls_are_timed_for_fewer_rounds_and_quick_ones_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
@@ -264,7 +184,6 @@ def run(name: str, monkeypatch: pytest.MonkeyPatch, history: Path) -> Path:
     case, found, operator = {
         "rotary": (ROTARY, providers.rotary("eager"), "gaussian_rope"),
         "attention": (ATTENTION, providers.attention("eager"), "alibi_attention"),
-        "mtp": (replace(MTP, backward=False), mtp_providers.mtp("eager"), "mtp_cross_entropy"),
     }[name]
     path = history / "a machine" / f"{name}.json"
     arguments = ["--rounds", "2", "--threads", "1", "--device", "cpu", "--case", "fp32", "--json", str(path)]
@@ -305,53 +224,6 @@ def test_a_run_is_written_and_drawn(
     assert "| `gaussian_rope`" in drawn
     assert "n/a, Liger: needs a CUDA device." in drawn
     assert f"{data['provenance']['cores']} cores, 1 threads" in drawn
-
-
-def test_the_cross_entropies_and_a_training_step_are_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    path = run("mtp", monkeypatch, tmp_path)
-    data = json.loads(path.read_text())
-    forward, both = data["results"]
-    assert "auto, K = 1" in both["seconds"]
-    forward["seconds"] = {
-        "auto": [0.2],
-        "auto, K = 1": [0.16],
-        "seed": [0.5],
-        "compiled": [0.4],
-        "native": [0.9],
-        "native, chunks": [0.3],
-        "GEMMs": [0.15],
-    }
-    forward["peak_bytes"] = {"auto": 1_000_000, "seed": 7_000_000, "native": 9_000_000, "native, chunks": 2_000_000}
-    path.write_text(json.dumps(data))
-    monkeypatch.setitem(mtp_step.CASES, "cpu", (STEP,))
-    step = path.with_name("mtp_step.json")
-    arguments = ["--rounds", "2", "--threads", "1", "--device", "cpu", "--json", str(step)]
-    monkeypatch.setattr(sys, "argv", ["mtp_step", *arguments])
-    mtp_step.main()
-
-    drawn = figures.figures(tmp_path)
-    runs = providers.runs("mtp_cross_entropy", "cpu")
-    assert (
-        f"| cross-entropy ({runs}), ms | ours | seed | compiled | native | seed / ours | best rival / ours |" in drawn
-    )
-    name = "N40 V48+7 d16 K3 fp32 fwd"
-    assert f"| {name} | 200 | 500 | 400 | 300 | 2.50x | 1.50x | 75 % | 1.250x |" in drawn
-    assert f"| {name} | 1 | 7 | n/a | 2 |" in drawn
-    assert "n/a, Liger: needs a CUDA device." in drawn
-    assert f"{STEP.name}: K = 4, seed's form" in drawn
-
-
-def test_a_training_step_of_one_target_and_of_four_are_steps_of_one_model() -> None:
-    result = mtp_step.measure(STEP, "cpu", rounds=2)
-    parameters = 32 * 16 + 12 * 16 * 16
-    assert 3 * 4 * parameters <= result["held_bytes"] < 3 * 4 * (parameters + 1000)  # weights and AdamW's two moments
-    assert set(result["seconds"]) == set(result["peak_bytes"]) == set(result["ratios"]) == set(STEP.turns)
-    assert result["ratios"]["K = 1"] == 1
-
-
-def test_forms_of_a_training_step_that_disagree_are_not_timed() -> None:
-    with pytest.raises(SystemExit, match=r"the losses 1.0 and 2.0 of the two forms are not the same"):
-        mtp_step.check(STEP, "cpu", lambda: torch.tensor(1.0), lambda: torch.tensor(2.0))
 
 
 def test_a_case_that_does_not_exist_is_named(

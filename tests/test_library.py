@@ -177,6 +177,28 @@ def test_compiles_to_one_graph_over_changing_lengths(name: str) -> None:
     assert counter.frame_count == compiles_of_the_first_call
 
 
+@pytest.mark.parametrize("name", FORWARD)
+def test_a_demanded_extension_compiles_too(name: str) -> None:
+    if reason := _library.why_not(name, "cpp", "cpu"):
+        pytest.skip(reason)
+    torch._dynamo.reset()
+    function = _public(name)
+    with kernels.use_backend("cpp"):
+        expected, expected_grads = _result_and_grads(function, name, 7)
+        got, grads = _result_and_grads(torch.compile(function, backend="aot_eager", fullgraph=True), name, 7)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    torch.testing.assert_close(grads, expected_grads, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", _library.SCHEMAS)
+def test_schemas_are_such_that_a_derivative_gets_every_argument(name: str) -> None:
+    """The dispatcher leaves out defaults, and hands keyword-only arguments and lists of tensors over differently."""
+    for argument in getattr(torch.ops.megactx, name).default._schema.arguments:
+        assert not argument.has_default_value()
+        assert not argument.kwarg_only
+        assert "Tensor[]" not in str(argument.type)
+
+
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_the_reference_compiles_too(name: str, dynamic: bool | None) -> None:

@@ -145,6 +145,15 @@ def test_duplicate_targets_add_and_steps_commute() -> None:
     torch.testing.assert_close(sum(parts), gradient(targets, STEPS))
 
 
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_ignored_entries_are_zero_without_a_sign(backend: str) -> None:
+    logits, targets = inputs()
+    with kernels.use_backend(backend):
+        loss = multi(logits, targets, reduction="none").loss
+    assert (loss[targets == -1] == 0).all()
+    assert not loss.signbit().any()
+
+
 def test_ignored_rows_contribute_nothing() -> None:
     logits, targets = inputs()
     logits.requires_grad_()
@@ -163,6 +172,7 @@ def test_no_valid_target_is_zero_with_zero_gradients(rows: int, reduction: str) 
     loss, per_step = multi(logits, torch.full((rows, 2, 3), -1), reduction=reduction, z_loss=0.1, label_smoothing=0.1)
     assert (loss == 0).all()
     assert (per_step == 0).all()
+    assert not loss.signbit().any()
     loss.sum().backward()
     assert logits.grad is not None
     assert (logits.grad == 0).all()
@@ -310,6 +320,20 @@ def test_a_target_outside_its_vocabulary_is_named() -> None:
         multi(logits, targets)
 
 
+@pytest.mark.parametrize("ignore_index", [-1, 3, -100, 20])
+def test_a_target_outside_its_vocabulary_is_found_among_any_others(ignore_index: int) -> None:
+    """The smallest and the largest of all do not tell the contexts apart, nor what is ignored."""
+    logits, targets = inputs()
+    for other in (0, ignore_index):
+        for context, bad in ((0, 5), (0, 8), (1, 9), (0, -1), (1, -2), (1, -101), (1, 2**40)):
+            if bad == ignore_index:
+                continue
+            targets.fill_(other)[7, context, 2] = bad
+            with pytest.raises(ValueError, match=f"got {bad} at row 7, context {context}, step 2"):
+                multi(logits, targets, ignore_index=ignore_index)
+            multi(logits, targets.fill_(other), ignore_index=ignore_index)
+
+
 @pytest.mark.parametrize("target", [9, -2, 2**40])
 def test_where_targets_are_not_looked_at_one_outside_its_vocabulary_makes_the_loss_nan(target: int) -> None:
     """In a traced graph, as on a GPU: nothing is read out of bounds, and the other entries keep their values."""
@@ -354,6 +378,13 @@ def test_where_targets_are_not_looked_at_one_outside_its_vocabulary_makes_the_lo
         ({"label_smoothing": None}, r"label_smoothing must be in \[0, 1\], got None"),
         ({"z_loss": math.inf}, "z_loss must be >= 0 and finite, got inf"),
         ({"softcap": 0.0}, "softcap must be None or positive"),
+        ({"softcap": 1e39}, "softcap must be None or positive and finite, in float32, got 1e[+]39"),
+        ({"softcap": 1e-50}, "softcap must be None or positive and finite, in float32, got 1e-50"),
+        (
+            {"step_weights": torch.ones(3) * 1j},
+            "step_weights must be a tensor of floating-point numbers or integers, got",
+        ),
+        ({"context_weights": torch.ones(2).bool()}, "context_weights must be a tensor of .* integers, got torch.bool"),
         ({"label_smoothing": 1.5}, r"label_smoothing must be in \[0, 1\]"),
         ({"z_loss": -1.0}, "z_loss must be >= 0"),
         ({"logits": torch.zeros(12, 14, 1)}, "logits must have 2 dimensions"),

@@ -127,6 +127,39 @@ def test_numbers_that_are_none_stay_in_rows_that_are_ignored(backend: str, linea
     torch.testing.assert_close(results[2], results[0], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_infinite_logits_are_as_in_log_softmax(backend: str, softcap: float | None) -> None:
+    """+inf, a NaN, or nothing above -inf makes its row NaN in that context, and no other; -inf is a symbol less."""
+    inf, nan = math.inf, math.nan
+    logits = torch.tensor([[0.5, 2, -1], [inf, 0, 1], [0, nan, 1], [-inf] * 3, [-inf, 0, 1], [-inf, inf, 0]])
+    logits = torch.cat((logits, torch.randn(6, 4)), dim=1).requires_grad_()
+    targets = torch.tensor([1, 0]).expand(6, 2)[:, :, None]
+    z = logits[:, :3] if softcap is None else softcap * torch.tanh(logits[:, :3] / softcap)
+    wanted = F.log_softmax(z.double(), 1)[:, 1]
+    settings = {"vocab_sizes": (3, 4), "context_weights": (1.0, 1.0), "reduction": "none", "softcap": softcap}
+    for z_loss in (0.0, 0.01):
+        with kernels.use_backend(backend):
+            loss = mtp_cross_entropy(logits, targets, z_loss=z_loss, **settings).loss
+        if not z_loss:
+            torch.testing.assert_close(loss[:, 0, 0].double(), -wanted, equal_nan=True, rtol=1e-6, atol=1e-6)
+        assert torch.equal(loss[:, 0, 0].isnan(), wanted.isnan())
+        assert loss[:, 1].isfinite().all()
+        (grad,) = torch.autograd.grad(loss.sum(), logits)
+        assert grad[wanted.isnan(), :3].isnan().all()
+        assert grad[:, 3:].isfinite().all()
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_of_which_nothing_can_be_made_has_no_logsumexp(backend: str, z_loss: float) -> None:
+    logits = torch.tensor([[0.0, 1, 2], [math.inf, 0, 1], [0, math.nan, 1], [-math.inf] * 3])
+    arguments = (logits, torch.zeros(4, 1, 1).long(), [3], torch.ones(1), torch.ones(1), -1, "mean", None, 0.0, z_loss)
+    with kernels.use_backend(backend):
+        lse = _library.OPERATORS["mtp_cross_entropy"](*arguments, None)[2]
+    assert lse[:, 0].isnan().tolist() == [False, True, True, True]
+
+
 @pytest.mark.parametrize("rows", [0, 3])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -203,4 +236,19 @@ def test_float64_is_refused_by_name_where_triton_is_demanded() -> None:
             lambda: linear_mtp_cross_entropy(hidden, weight.requires_grad_(), targets),
         ):
             with pytest.raises(ValueError, match=r'backend "triton" cannot run megactx::\w+: float64'):
+                call()
+
+
+def test_more_targets_than_the_kernels_take_are_refused_where_triton_is_demanded() -> None:
+    if _library.why_not("mtp_rows", "triton", "cpu"):
+        pytest.skip("no interpreter")
+    hidden, weight = torch.randn(3, 4), torch.randn(5, 4)
+    targets, steps = torch.zeros(3, 65, dtype=torch.int64), (1.0,) * 65
+    with kernels.use_backend("triton"):
+        for call in (
+            lambda: mtp_cross_entropy(hidden @ weight.T, targets, step_weights=steps),
+            lambda: linear_mtp_cross_entropy(hidden, weight, targets, step_weights=steps),
+            lambda: linear_mtp_cross_entropy(hidden, weight.requires_grad_(), targets, step_weights=steps),
+        ):
+            with pytest.raises(ValueError, match=r"megactx::\w+: it takes up to 64 targets a row and context, got 65"):
                 call()

@@ -9,12 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megactx import kernels
 from megactx.kernels import linear_mtp_cross_entropy, mtp_cross_entropy
 from megactx.kernels.mtp import config, linear, op, reference
+from megactx.kernels.mtp import rows as passes
 
 SIZES = (5, 9)
 STEPS = (1.0, 0.5, 0.25)
@@ -106,6 +108,28 @@ def test_one_workspace_holds_the_logits_of_every_chunk(monkeypatch: Any) -> None
     assert made.sizes.count(CHUNK * VOCAB) == 1
     assert made.sizes.count(VOCAB * WIDTH) == 1  # the gradient of the weight, summed in place
     assert len(made.products) == 3 * -(-ROWS // CHUNK)
+
+
+def test_a_small_batch_is_not_spent_on_the_way_to_the_products(monkeypatch: Any) -> None:
+    """A call into PyTorch costs microseconds: one chunk of valid targets is looked at once, and not cut or joined."""
+    called: list[str] = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(function.overloadpacket._qualified_op_name.split("::")[1])
+            return function(*args, **(kwargs or {}))
+
+    options = ([8], torch.ones(1), torch.ones(1), -1, "mean", None, 0.0, 0.0, None)
+    hidden, weight, targets = torch.randn(6, 4), torch.randn(8, 4), torch.randint(0, 8, (6, 1, 1))
+    with torch.no_grad():
+        columns = passes.mtp_rows(hidden @ weight.T, targets, [8], -1, None, False)
+        monkeypatch.setattr(linear, "part", lambda name: lambda *_: columns)
+        with Calls():
+            linear.linear_mtp_cross_entropy_gradients(hidden, weight, None, targets, *options, True, True, False)
+    assert called.count("mm") == 3
+    assert not {"cat", "slice", "ne", "any", "index_select", "_to_copy", "clone"} & set(called)
+    assert called.count("aminmax") == called.count("mul") - 1 == 1
+    assert len(called) <= 26
 
 
 def test_products_nobody_needs_are_not_computed(monkeypatch: Any) -> None:
@@ -297,6 +321,41 @@ def test_gradients_of_float16_meet_the_loss_scale_before_they_are_rounded() -> N
     assert (grad != 0).float().mean() > 0.99
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_a_float16_head_meet_the_loss_scale_too(dtype: torch.dtype) -> None:
+    """Whatever the hidden state is of: a gradient in float16 is rounded with the scale in it."""
+    torch.manual_seed(0)
+    rows = 4096
+    hidden, targets = (0.1 * torch.randn(rows, 4)).to(dtype), torch.randint(0, 4, (rows, 1))
+    rare = torch.where(torch.arange(64) < 4, 0.0, -12.0)
+    leaves = (0.01 * torch.randn(64, 4)).half().requires_grad_(), rare.half().requires_grad_()
+    exact = tuple(x.detach().double().requires_grad_() for x in leaves)
+    truth = torch.autograd.grad(F.cross_entropy(F.linear(hidden.double(), *exact), targets[:, 0]), exact)
+    for trained in ((True, True), (True, False), (False, True)):
+        for leaf, needed in zip(leaves, trained, strict=True):
+            leaf.requires_grad_(needed)
+        loss = linear_mtp_cross_entropy(hidden, leaves[0], targets, bias=leaves[1]).loss * 2**20
+        needs = [leaf for leaf in leaves if leaf.requires_grad]
+        wanted = [right for right, needed in zip(truth, trained, strict=True) if needed]
+        for grad, right in zip(torch.autograd.grad(loss, needs), wanted, strict=True):
+            # The symbols that are no target have the small ones.
+            error = (grad[4:].double() / 2**20 - right[4:]).norm() / right[4:].norm()
+            assert error < (2e-3 if dtype == torch.float32 else 0.2)
+
+
+def test_autocast_to_float16_rounds_nothing_on_the_cpu() -> None:
+    """Where the products are taken in float32."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(8, 4, requires_grad=True)
+    targets = torch.randint(0, 8, (6, 1))
+    plain = linear_mtp_cross_entropy(hidden, weight, targets).loss
+    with torch.autocast("cpu", torch.float16):
+        cast = linear_mtp_cross_entropy(hidden, weight, targets).loss
+    assert torch.equal(cast, plain)
+    grads = [torch.autograd.grad(loss, (hidden, weight)) for loss in (cast, plain)]
+    torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=0)
+
+
 def test_strided_expanded_and_transposed_inputs() -> None:
     torch.manual_seed(0)
     targets = some_targets(12)
@@ -344,3 +403,31 @@ def test_a_target_outside_its_vocabulary_is_named() -> None:
     for context in (torch.enable_grad, torch.no_grad):
         with context(), pytest.raises(ValueError, match=message):
             linear_mtp_cross_entropy(hidden, weight, targets, step_weights=(1.0, 1.0))
+
+
+def test_shapes_are_found_without_a_device_and_under_a_mode_that_fakes_tensors() -> None:
+    tensors = [torch.empty(shape, device="meta", requires_grad=True) for shape in ((4, 8), (5, 8))]
+    targets = torch.empty(4, 2, dtype=torch.int64, device="meta")
+    found = linear_mtp_cross_entropy(*tensors, targets, step_weights=(1.0, 0.5))
+    assert found.loss.shape == ()
+    assert found.per_step.shape == (1, 2)
+    linear_mtp_cross_entropy(torch.randn(4, 8), torch.randn(5, 8), torch.zeros(4, 1, dtype=torch.int64))
+    with FakeTensorMode():  # where the constants kept by the call before are no use
+        fake = linear_mtp_cross_entropy(torch.empty(4, 8), torch.empty(5, 8), torch.zeros(4, 1, dtype=torch.int64))
+    assert fake.loss.shape == ()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_schedule_may_write_the_next_weights_before_the_backward_pass(reduction: str) -> None:
+    weights = torch.tensor([1.0, 0.5])
+    targets = torch.randint(5, (4, 2))
+
+    def gradient(between: float) -> Tensor:
+        hidden = torch.ones(4, 8, requires_grad=True)
+        loss = linear_mtp_cross_entropy(
+            hidden, torch.arange(40.0).view(5, 8) / 40, targets, step_weights=weights, reduction=reduction
+        ).loss
+        weights.mul_(between)
+        return torch.autograd.grad(loss.sum(), hidden)[0]
+
+    torch.testing.assert_close(gradient(2.0), 0.5 * gradient(1.0))

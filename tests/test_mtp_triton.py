@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = DEVICE == "cpu"
 pytestmark = [
     pytest.mark.interp,
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),  # numpy's; meant
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
     pytest.mark.skipif(INTERPRETED and not _library._INTERPRETING, reason="no GPU, and TRITON_INTERPRET is not set"),
 ]
@@ -166,6 +168,57 @@ def test_a_target_outside_of_its_vocabulary_is_nan_in_its_row_and_context(bad: i
     assert torch.isnan(got[3]).sum() == 40
 
 
+LOWEST = torch.finfo(torch.float32).min
+MASKED = {"columns": ([5, 8, 899],), "threads": (slice(0, 512), slice(640, 900)), "parts": (slice(256, 900),)}
+
+
+@pytest.mark.parametrize("fill", [-1e9, -2e9, -1e10, -1e30, LOWEST, -math.inf])
+@pytest.mark.parametrize("where", MASKED)
+def test_a_masked_column_has_no_probability_whatever_the_fill(where: str, fill: float) -> None:
+    """Over single columns, over all that some threads see, over whole tiles and parts."""
+    sizes = (900,)
+    logits, targets, weights = inputs(sizes)
+    targets.clamp_(min=-1, max=599).masked_fill_(targets > 511, 520)
+    for columns in MASKED[where]:
+        logits[:, columns] = fill
+    targets[:] = targets.where(torch.isin(targets, (logits[0] == fill).nonzero()).logical_not(), 600)
+    logits[:, 600] = 1.5
+    assert_matches(triton(logits, targets, weights, sizes), truth(logits, targets, weights, sizes))
+    grad = triton(logits, targets, weights, sizes)[3]
+    assert (grad[logits == fill] == 0).all()
+
+
+@pytest.mark.parametrize("fill", [-2e9, -1e10, -1e30, LOWEST, -math.inf])
+def test_a_masked_part_of_a_split_vocabulary(fill: float) -> None:
+    sizes = (66_000,)
+    logits, targets, weights = inputs(sizes, rows=2)
+    targets %= 100
+    logits[0, 32768:] = fill
+    logits[1, 200:65_000] = fill
+    assert_matches(triton(logits, targets, weights, sizes), truth(logits, targets, weights, sizes))
+
+
+@pytest.mark.parametrize("top", [-1e10, 1e10, -1e30, 1e38, 3.4e38, -3.4e38, LOWEST])
+def test_the_largest_logit_may_be_of_any_size(top: float) -> None:
+    """The probabilities are those of the differences, which float32 logits this large have in steps of themselves."""
+    for sizes in ((40,), (900,)):
+        logits, targets, weights = inputs(sizes)
+        at = torch.tensor(top, dtype=torch.float32)
+        logits[:] = at.nextafter(torch.tensor(-math.inf)) if top > LOWEST else -math.inf
+        logits[:, ::7] = at
+        targets[0, 0, 1], targets[1, 0] = 7, 14
+        for cap in (None, 20.0):
+            settings = {"softcap": cap}
+            got, exact = (f(logits, targets, weights, sizes, **settings) for f in (triton, truth))
+            torch.testing.assert_close(got[0].double(), exact[0], rtol=1e-6, atol=4e-6)
+            torch.testing.assert_close(got[2].double(), exact[2], rtol=1e-6, atol=4e-6)
+            torch.testing.assert_close(got[4].double(), exact[3], rtol=1e-6, atol=1e-6)  # sums the row again
+            assert torch.isfinite(got[3]).all()
+            assert (got[3].abs() <= weights.sum(-1).cpu().to(DEVICE)).all()
+            if cap is not None:
+                torch.testing.assert_close(got[3].double(), exact[3], rtol=1e-6, atol=1e-6)
+
+
 def test_nan_and_infinity_stay_in_their_row_and_context() -> None:
     logits, targets, weights = inputs((40, 300), rows=6)
     clean = triton(logits, targets, weights, (40, 300))
@@ -175,13 +228,27 @@ def test_nan_and_infinity_stay_in_their_row_and_context() -> None:
     got = triton(logits, targets, weights, (40, 300))
     hit = torch.zeros(6, 2, dtype=torch.bool, device=DEVICE)
     hit[2, 0] = hit[3, 1] = hit[4, 0] = True
-    assert torch.isnan(got[0][hit]).all()
-    assert torch.equal(got[0][~hit], clean[0][~hit])
+    for column, before in zip((got[0], got[2]), (clean[0], clean[2]), strict=True):
+        assert torch.isnan(column[hit]).all()
+        assert torch.equal(column[~hit], before[~hit])
     for grad, before in zip(got[3:], clean[3:], strict=True):
         assert torch.isnan(grad[2, :40]).all()
         assert torch.isnan(grad[3, 40:]).all()
         assert torch.equal(grad[[0, 1, 5]], before[[0, 1, 5]])
         assert torch.equal(grad[[2, 4], 40:], before[[2, 4], 40:])
+
+
+@pytest.mark.parametrize("size", [1, 40, 33_000])
+def test_a_target_of_plus_infinity_and_a_row_without_a_symbol_are_nan(size: int) -> None:
+    """As in torch.log_softmax, whose sum they are no part of: inf - inf, -inf - -inf."""
+    logits, targets, weights = inputs((size,), steps=1)
+    targets[:] = size - 1
+    logits[0, -1], logits[1] = math.inf, -math.inf
+    assert torch.log_softmax(logits, 1)[:2, -1].isnan().all()
+    log_p, mean, lse, grad, over = triton(logits, targets, weights, (size,), label_smoothing=0.1)
+    for x in (log_p, mean, lse, grad, over):
+        assert x[:2].isnan().all()
+        assert x[2:].isfinite().all()
 
 
 def test_logits_of_minus_infinity_have_no_probability() -> None:
@@ -216,6 +283,38 @@ def test_any_strides() -> None:
     everywhere = tokens[:1].expand(4, 1, 3)
     data = (logits[:1, :24].expand(4, 24), everywhere, weights[:, :1], (24,))
     assert torch.equal(triton(*data)[0][0], triton(*data)[0][3])
+
+
+def test_contexts_may_lie_two_to_the_31_entries_apart(tmp_path: Path) -> None:
+    """Targets and weights as slices of larger tensors; a file without contents costs no memory."""
+    sizes, apart = (9, 5, 4), 2**30 + 7
+    logits, targets, weights = inputs(sizes)
+    expected = triton(logits, targets, weights, sizes)
+
+    def spread(x: Tensor) -> Tensor:
+        if DEVICE == "cpu":
+            room = torch.from_file(str(tmp_path / str(x.dtype)), shared=True, size=2 * apart + 50, dtype=x.dtype)
+        else:
+            room = torch.empty(2 * apart + 50, dtype=x.dtype, device=DEVICE)
+        return room.as_strided(x.shape, (3, apart, 1)).copy_(x)
+
+    for got, exact in zip(triton(logits, spread(targets), spread(weights), sizes), expected, strict=True):
+        assert torch.equal(got, exact)
+
+
+def test_logits_that_overlap_themselves_are_not_written_over() -> None:
+    _, targets, weights = inputs((30,))
+    rest = (targets, weights, [30], -1, None, 0.0, 0.0)
+    line = torch.randn(200, device=DEVICE)
+    for strides in ((0, 1), (1, 0), (29, 1), (1, 1), (2, 1), (1, 3)):
+        before = line.clone()
+        with pytest.raises(ValueError, match=r"mtp_rows_: logits must not overlap itself.* \[\d+, \d\]"):
+            triton_operators()["mtp_rows_"](line.as_strided((4, 30), strides), *rest)
+        assert torch.equal(line, before)
+    for strides in ((30, 1), (1, 4), (35, 1), (1, 5)):
+        triton_operators()["mtp_rows_"](line.as_strided((4, 30), strides), *rest)
+    one = (targets[:1], weights[:1], *rest[2:])
+    triton_operators()["mtp_rows_"](line.as_strided((1, 30), (0, 1)), *one)
 
 
 def test_what_lies_between_strided_rows_stays() -> None:
@@ -281,6 +380,7 @@ def test_few_rows_of_a_large_vocabulary_are_split() -> None:
 
 
 def test_shipped_configurations_fit_their_kernels() -> None:
+    from megactx.kernels.mtp import launch
     from megactx.kernels.mtp.config import choose_rows
 
     for arch in _tune.ARCHITECTURES:
@@ -288,7 +388,7 @@ def test_shipped_configurations_fit_their_kernels() -> None:
             for widest in (1, 256, 257, 1024, 4096, 300_000):
                 for softcap in (False, True):
                     config = choose_rows(arch, itemsize, widest, softcap)
-                    assert config.part >= min(widest, 32768)
+                    assert min(widest, 32768) <= config.part <= 2**31 - 1 - launch._MAX_WIDTH  # begin + part: an int32
                     for vec in (1, 16 // itemsize):
                         sizes = config.tile(vec)
                         tile = sizes["GROUP"] * sizes["THREADS"] * sizes["VEC"]
@@ -315,6 +415,9 @@ def test_what_does_not_fit_goes_to_the_reference() -> None:
     assert "it takes float16, bfloat16 and float32" in launch.unfit("mtp_rows", logits.double(), targets, [9], -1, None)
     many = targets[..., :1].expand(-1, -1, 65)
     assert "up to 64 targets" in launch.unfit("mtp_rows_", logits, many, weights, [9], -1, None, 0.0, 0.0)
+    wide = torch.empty(1, 2**31 - 2**15, device="meta", dtype=torch.bfloat16)
+    assert "up to 2,147,418,112 logits" in launch.unfit("mtp_rows", wide, targets, [wide.shape[1]], -1, None)
+    assert not launch.unfit("mtp_rows", wide[:, : 2**31 - 2**16], targets, [2**31 - 2**16], -1, None)
     got = triton_operators()["mtp_rows"](logits.double(), targets, [9], -1, None, True)
     exact = _library.OPERATORS["mtp_rows"].reference(logits.double(), targets, [9], -1, None, True)
     assert all(torch.equal(a, b) for a, b in zip(got, exact, strict=True))

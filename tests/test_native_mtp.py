@@ -283,6 +283,22 @@ def test_large_logits(scale: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [1, 31, 64, 65, 97, 256, 1030, 2100])
+def test_the_largest_logit_is_found_wherever_it_is(dtype: torch.dtype, size: int) -> None:
+    """It alone has log p = -log1p(the others), to more digits than 1 + that has; of several, each has its share."""
+    logits = torch.full((size, size), -30.0, dtype=dtype)
+    logits.fill_diagonal_(0.0)
+    certain = torch.arange(size)[:, None, None]
+    c = Case(logits, certain, torch.ones(size, 1, 1), [size])
+    rest = (size - 1) * math.exp(-30)
+    close(forward(c)[0], torch.full_like(certain, -math.log1p(rest), dtype=torch.float64), 1e-6, 0)
+    if size > 2 and dtype != torch.float16:  # whose gradients of 1e-13 are 0
+        close(backward(c).diag(), torch.full((size,), -rest), 5e-3 if dtype.itemsize == 2 else 1e-6, 0)
+    tied = c._replace(logits=logits.where(torch.rand(size, size) < 0.9, 0.0).fill_diagonal_(0.0))
+    close(forward(tied)[0], truth(tied).log_p, 1e-6, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_masked_logits_have_no_probability_and_no_gradient(dtype: torch.dtype) -> None:
     c = case([90, 1100], rows=8, dtype=dtype)
     hidden = torch.rand(c.logits.shape) < 0.5

@@ -168,6 +168,24 @@ def test_weights_on_the_device_follow_a_schedule_without_compiling_again() -> No
     assert loss.step_weights.dtype == torch.float32
 
 
+def test_weights_keep_their_numbers_through_the_meta_device_and_stay_where_nothing_moves() -> None:
+    schedule = torch.tensor([1.0, 0.5])
+    loss = LinearMTPCrossEntropyLoss(WIDTH, CLASSES, device="meta", step_weights=schedule)
+    loss.to_empty(device="cpu")  # a deferred initialisation: the parameters are made now
+    assert loss.step_weights is schedule
+    for move in (loss.bfloat16, loss.cpu):
+        move()
+        assert loss.step_weights is schedule
+    schedule[1] = 0.25
+    loss.to("meta")
+    assert loss.step_weights.is_meta
+    loss.to("meta").to_empty(device="cpu")
+    assert torch.equal(loss.step_weights, torch.tensor([1.0, 0.25]))
+    with torch.device("meta"):
+        made = MTPCrossEntropyLoss(step_weights=torch.tensor([1.0, 0.5]))
+    assert made.to_empty(device="cpu").step_weights.isnan().all()  # no number was ever there, and that shows
+
+
 def test_autocast_rounds_the_products_and_not_the_loss() -> None:
     loss = LinearMTPCrossEntropyLoss(WIDTH, CLASSES, step_weights=(1.0, 0.5))
     x, y = hidden(32), targets(32, 2)
@@ -212,6 +230,7 @@ def test_no_logits_are_held_forwards_or_backwards() -> None:
         ({"context_weights": (0.5, 0.5)}, "context_weights must have 1 entries"),
         ({"step_weights": 1.0}, "step_weights must be a sequence"),
         ({"step_weights": torch.tensor(1.0)}, "step_weights must have 1 dimensions"),
+        ({"weight": torch.ones(CLASSES)}, "weight must be None: classes have no weights here, got Tensor"),
         ({"num_classes": 0}, "num_classes must be at least 1"),
         ({"bias": 1}, "bias must be True or False"),
     ],
@@ -219,6 +238,13 @@ def test_no_logits_are_held_forwards_or_backwards() -> None:
 def test_settings_that_could_never_run_are_refused_at_once(options: dict[str, object], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         LinearMTPCrossEntropyLoss(**{"in_features": WIDTH, "num_classes": CLASSES, **options})
+
+
+def test_the_first_argument_of_pytorchs_loss_is_taken_where_it_says_nothing() -> None:
+    x, y = torch.randn(4, CLASSES), targets(4)
+    torch.testing.assert_close(MTPCrossEntropyLoss(None)(x, y), nn.CrossEntropyLoss(None)(x, y))
+    with pytest.raises(TypeError, match="weight must be None: classes have no weights here"):
+        MTPCrossEntropyLoss(torch.ones(CLASSES))
 
 
 def test_wrong_input_is_named() -> None:

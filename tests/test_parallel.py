@@ -34,26 +34,47 @@ SMALL = [*MODEL, *SCHEDULE, *RUN, *MTP]
 ONE, EACH = ["--batch_size=4"], ["--batch_size=2"]
 HEADS = ["--mtp_heads=sequential", "--position=gaussian_alibi", "--use_flash_lobo"]  # a parameter of one number, too
 NUMBERS = ["--numerical_multicontext", "--mtp_enabled=false"]
+FAILURES = 8  # a process that cleans up behind an error hangs now and then only
 
 # Each process has a folder of its own: a relative out_dir is another place for each, as on two machines.
+# What is to fail ends its process. It comes first, in children: later there are threads, which no child would have.
 DRIVER = """
-import json, os, shutil, sys
-from megactx import cli
+import json, os, shutil, signal, sys
+from megactx import cli, train, trainer
 from megactx.model import GPT
+from megactx.parallel import Group
+
+def fail_after_a_collective(self, batches, stop):
+    self.group.sum(batches[0].counts.clone())
+    raise MemoryError("no more of it")
+
+def train_once(arguments):
+    original = GPT.set_mtp_weight
+    if "--out_dir=poison" in arguments and os.environ["RANK"] == "1":  # a loss of NaN in the third update, in one
+        calls = iter(range(100))
+        GPT.set_mtp_weight = lambda self, value: self.mtp_weight.fill_(float("nan") if next(calls) == 2 else value)
+    if "--out_dir=fail" in arguments and os.environ["RANK"] == "1":
+        trainer.Trainer._backward = fail_after_a_collective
+    code = cli.main(["train", *arguments])
+    GPT.set_mtp_weight = original
+    return code
+
 os.makedirs(sys.argv[2])
 os.chdir(sys.argv[2])
 for port, arguments in json.loads(sys.argv[1]):
     os.environ["MASTER_PORT"] = str(port)
     if arguments[0] == "forget":
         shutil.rmtree(arguments[1], ignore_errors=True)
-        print("CODE 0")
+        print("CODE 0", flush=True)
         continue
-    original = GPT.set_mtp_weight
-    if "--out_dir=poison" in arguments and os.environ["RANK"] == "1":  # a loss of NaN in the third update, in one
-        calls = iter(range(100))
-        GPT.set_mtp_weight = lambda self, value: self.mtp_weight.fill_(float("nan") if next(calls) == 2 else value)
-    print("CODE", cli.main(["train", *arguments]), flush=True)
-    GPT.set_mtp_weight = original
+    if arguments[2] not in ("--out_dir=different", "--out_dir=fail"):
+        print("CODE", train_once(arguments), flush=True)
+        continue
+    child = os.fork()
+    if not child:
+        signal.alarm(30)  # far more than it needs: a process that hangs ends with a code below 0
+        sys.exit(train_once(arguments))
+    print("CODE", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
@@ -108,9 +129,7 @@ class Pair:
         finally:
             for process in processes:
                 process.kill()
-        codes = [
-            [int(line[5:]) for line in text.splitlines() if line.startswith("CODE ")] for text in self.output
-        ]
+        codes = [[int(line[5:]) for line in text.splitlines() if line.startswith("CODE ")] for text in self.output]
         assert len(codes[0]) == len(codes[1]) == len(commands), self.errors
         return list(zip(*codes, strict=True))
 
@@ -130,14 +149,17 @@ def pair(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
         # Half-way on: the first three steps by one kind, the rest by another, with all settings from the checkpoint.
         [*shards, "--out_dir=turn", *SMALL, *EACH, "--dropout=0.1", "--parallel=ddp"],
         ["forget", "turn/step-00000006"],
-        ["--out_dir=turn", "--parallel=fsdp"],
+        ["--parallel=fsdp", "--device=cpu", "--out_dir=turn"],
         [*shards, "--out_dir=there", *SMALL, *EACH, "--dropout=0.1", "--parallel=fsdp"],
     ]
     commands = [(command, command) for command in common]
     other = ["--dataset", str(data / "other"), "--out_dir=different", *SMALL, *EACH]
     nothing = ["--dataset", str(data / "nothing"), "--out_dir=different", *SMALL, *EACH]
     here = [*shards, "--out_dir=different", *SMALL, *EACH]
-    pair.codes = pair.run(*commands, (here, other), (here, nothing))  # type: ignore[attr-defined]
+    failing = [(here, other), (here, nothing)]
+    failing += [(here, [*here, flag]) for flag in ("--batch_size=3", "--eval_interval=5", "--mtp_max_steps=2")]
+    failing += [(fail := [*shards, "--out_dir=fail", *SMALL, *EACH], fail)] * FAILURES
+    pair.codes = pair.run(*failing, *commands)  # type: ignore[attr-defined]
     return pair
 
 
@@ -182,7 +204,7 @@ def assert_same_run(one: Path, other: Path, *, tolerance: float = 2e-5) -> None:
 
 
 def test_every_command_of_both_ends_as_it_should(pair: Pair) -> None:
-    assert pair.codes == [(0, 0)] * 11 + [(2, 2)] * 2, pair.errors  # type: ignore[attr-defined]
+    assert pair.codes == [(2, 2)] * (5 + FAILURES) + [(0, 0)] * 11, pair.errors  # type: ignore[attr-defined]
 
 
 def test_ddp_is_the_run_of_one_process(pair: Pair, alone: Path) -> None:
@@ -224,8 +246,26 @@ def test_only_rank_0_writes_and_speaks(pair: Pair) -> None:
 def test_a_process_with_other_data_or_none_stops_all(pair: Pair) -> None:
     assert "rank 1: the data here is not that of rank 0" in pair.errors[1]
     assert "rank 1: no dataset bundle at" in pair.errors[1]
-    assert "error: rank 0: leaving" in pair.errors[0] or "error: leaving" in pair.errors[0]
-    assert "the connection to another process is lost" in pair.errors[0]
+    assert "error: leaving, for not all processes have the same data" in pair.errors[0]
+    assert "error: the connection to another process is lost" in pair.errors[0]
+
+
+def test_an_error_in_one_process_ends_all_at_once(pair: Pair) -> None:
+    """In the middle of a run, with a reducer and gloo's threads at work. The exit codes are looked at above."""
+    assert pair.errors[1].count("error: rank 1: MemoryError: no more of it (unexpected; --debug") == FAILURES
+    assert pair.errors[0].count("error: the connection to another process is lost; the first error") == FAILURES + 1
+
+
+@pytest.mark.parametrize(
+    "difference",
+    ["batch_size: 2 in rank 0, 3 in rank 1", "eval_interval: 6 in rank 0, 5 in rank 1",
+     "mtp_max_steps: 3 in rank 0, 2 in rank 1"],
+)  # fmt: skip
+def test_settings_that_differ_are_named_by_all(pair: Pair, difference: str) -> None:
+    """A rank that evaluates when the other does not would wait for it without end."""
+    message = f"all processes of a run need the same settings: {difference}\n"
+    assert f"error: {message}" in pair.errors[0]
+    assert f"error: rank 1: {message}" in pair.errors[1]
 
 
 def test_a_run_goes_on_in_another_kind_with_its_own_dropout(pair: Pair) -> None:

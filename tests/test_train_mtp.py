@@ -18,6 +18,7 @@ import torch
 
 from megactx import checkpoint, cli
 from megactx.data import Bundle, WindowLoader
+from megactx.data.shard_file import ShardedTokens, write_shard
 from megactx.feed import open_feed
 from megactx.metrics import read_rows
 from megactx.schedule import mtp_weight_at
@@ -256,6 +257,110 @@ def test_bare_shards_train_by_their_glob(data: Path, tmp_path: Path, capsys: pyt
     assert "train_000001.bin" in output
 
 
+def test_a_delimiter_can_be_given_for_shards_of_another_vocabulary(data: Path, tmp_path: Path) -> None:
+    """What lies behind it is no target two tokens ahead; without one, every token but a shard's last has both."""
+    found = {}
+    for name, extra in (("none", []), ("minus", ["--shard_delimiter=-1"]), ("newline", ["--shard_delimiter=10"])):
+        source = [f"--input_{kind}bin={data}/shards/{split}_*.bin" for kind, split in (("", "train"), ("val_", "val"))]
+        run = ["--out_dir", str(tmp_path / name), "--input_vocab_size=256", *MODEL, *SCHEDULE, *RUN, *extra]
+        assert cli.main(["train", *source, *run, "--mtp_enabled", "--max_iters=1"]) == 0
+        found[name] = rows(tmp_path / name, "eval")[0]
+    assert found["none"]["val_mtp_loss_2"] == found["minus"]["val_mtp_loss_2"] != found["newline"]["val_mtp_loss_2"]
+    assert found["none"]["val_loss"] == found["newline"]["val_loss"]
+
+
+def test_a_run_on_shards_goes_on_only_with_those_it_began_with(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(data / "shards", tmp_path / "shards")
+    assert train(tmp_path / "shards", tmp_path / "run", "--max_iters=2") == 0
+    with open(tmp_path / "shards" / "train_000001.bin", "r+b") as file:
+        file.write(b"\0\0\0\0")
+    assert train(tmp_path / "shards", tmp_path / "run", "--max_iters=3", "--skip_bad_shards") == 2
+    error = capsys.readouterr().err
+    assert "has changed since: a run goes on only with the same shards (left out then: nothing; now: shard " in error
+    assert "train_000001.bin begins with 0" in error
+    assert train(tmp_path / "shards", tmp_path / "run", "--max_iters=3", "--numerical_multicontext") == 2
+    assert train(data / "shards", tmp_path / "run", "--max_iters=3") == 0
+
+
+def test_numbers_are_not_asked_of_shards(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(data / "shards", tmp_path / "run", "--numerical_multicontext") == 2
+    assert "numerical_multicontext: expected numbers, got" in capsys.readouterr().err
+
+
+def test_an_end_of_the_decay_at_0_is_one(data: Path, tmp_path: Path) -> None:
+    assert train(data / "bundle", tmp_path / "run", *MTP, "--mtp_decay_end=0", "--max_iters=6") == 0
+    assert {row["mtp_weight"] for row in rows(tmp_path / "run", "train")} == {0.0}
+
+
+def shards_of(folder: Path, *sizes: int) -> str:
+    """Shards of so many tokens each; their glob."""
+    folder.mkdir()
+    ids = np.arange(sum(sizes)) % 50
+    for number, end in enumerate(np.cumsum(sizes)):
+        write_shard(folder / f"{number:03}.bin", ids[end - sizes[number] : end])
+    return str(folder / "*.bin")
+
+
+def test_where_there_is_no_target_there_is_no_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A shard's last token has no next one. Eight such shards are the first update's batch: a loss of 0 would look
+    perfect, and halve the mean over the two updates of a log interval."""
+    train_bin, val_bin = shards_of(tmp_path / "train", *[1] * 8, *[2] * 20), shards_of(tmp_path / "val", *[1] * 8, 40)
+    source = [f"--input_bin={train_bin}", f"--input_val_bin={val_bin}", "--input_vocab_size=50", "--block_size=4"]
+    small = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--batch_size=2", "--max_iters=2", "--eval_iters=1"]
+    common = ["train", *source, *small, "--mtp_enabled", "--sample_tokens=0", "--device=cpu"]
+    for interval in (1, 2):
+        assert cli.main([*common, f"--out_dir={tmp_path / str(interval)}", f"--log_interval={interval}"]) == 0
+        assert (tmp_path / str(interval) / "report.html").read_text().count("<td>-</td>") >= 3
+    assert "loss - | text - | ahead +2 - x 0" in capsys.readouterr().out
+    (empty, full), (both,) = rows(tmp_path / "1", "train"), rows(tmp_path / "2", "train")
+    assert empty["loss"] is empty["ntp_loss"] is empty["mtp_loss_2"] is empty["losses"]["text"] is None
+    assert full["mtp_loss_2"] is both["mtp_loss_2"] is None
+    assert 3 < full["loss"] == full["ntp_loss"] == both["loss"] == both["ntp_loss"]
+    for row in rows(tmp_path / "1", "eval"):
+        assert row["val_loss"] is row["val"]["text"] is row["val_mtp_loss_2"] is row["val_mtp_loss"] is None
+
+
+def test_a_split_with_nothing_to_predict_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = [f"--input_bin={shards_of(tmp_path / 'train', 40)}", "--input_vocab_size=50", "--block_size=4"]
+    source += [f"--input_val_bin={shards_of(tmp_path / 'val', *[1] * 8)}", "--batch_size=2"]
+    assert cli.main(["train", *source, "--out_dir", str(tmp_path / "run"), *RUN]) == 2
+    assert "the val split of" in (error := capsys.readouterr().err)
+    assert "has no next token to predict: each of its shards (8) holds one token" in error
+
+
+def test_a_window_of_updates_leaves_out_what_had_no_target() -> None:
+    def row(loss: float, ahead: float, weight: float) -> dict[str, Any]:
+        steps = {"loss": torch.tensor(loss + weight * ahead), "steps": torch.tensor([[loss, ahead]])}
+        rest = {"applied": True, "mtp_weight": weight, "lr": 0.1, "norm": 1.0, "seconds": 1.0, "data_seconds": 0.0}
+        return steps | rest
+
+    found = Window([row(2.0, 3.0, 0.1), row(4.0, math.nan, 0.3), row(3.0, 5.0, 0.2)]).summary(["text"], [1.0], 8)
+    assert found["ntp_loss"] == pytest.approx(3.0)
+    assert found["mtp_loss_2"] == pytest.approx(4.0)
+    assert found["mtp_weight"] == pytest.approx(0.2)
+
+
+def test_windows_of_shards_are_read_where_they_lie(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The corpus is not copied into memory, and the windows are those of the copy."""
+    shards = Bundle.open(data / "shards")
+    text = np.asarray(shards.split("train")[0])
+    monkeypatch.delattr(ShardedTokens, "__array__")
+    loader = WindowLoader(shards, "train", 8, 32, seed=5)
+    x, y = loader.batch(3)
+    for row, target, start in zip(x, y, loader.starts(3), strict=True):
+        assert row[:, 0].tolist() == text[start : start + 32].tolist()
+        assert target[:, 0].tolist() == text[start + 1 : start + 33].tolist()
+    monkeypatch.undo()
+    source = [f"--input_bin={shards_of(tmp_path / 'bin', 300)}", f"--input_val_bin={shards_of(tmp_path / 'val', 300)}"]
+    flags = ["--input_vocab_size=40", "--loader=windows", *MODEL, *RUN, "--out_dir", str(tmp_path / "run")]
+    assert cli.main(["train", *source, *flags]) == 2
+    assert "000.bin holds id 49, outside the vocabulary of 40" in capsys.readouterr().err
+
+
 def test_windows_mask_what_lies_behind_a_document(data: Path) -> None:
     bundle = Bundle.open(data / "bundle")
     assert open_feed(
@@ -315,6 +420,13 @@ def test_ranks_share_one_batch_of_windows(data: Path) -> None:
             ["--mtp_enabled", "--mtp_decay_start=9", "--mtp_decay_end=8"],
             "mtp_decay_end: expected at least mtp_decay_start = 9, got 8",
         ),
+        (["--mtp_enabled", "--mtp_weight=1e39"], "mtp_weight: expected a number in 0..1e+06, got 1e+39"),
+        (
+            ["--mtp_enabled", "--multicontext_datasets", "column"],
+            "mtp_enabled: expected a context of symbols, got numeric ones alone (column)",
+        ),
+        (["--skip_bad_shards"], "skip_bad_shards: expected shards, got"),
+        (["--shard_delimiter=3"], "shard_delimiter: expected --input_bin with it"),
         (["--parallel=ddp"], "parallel: 'ddp' needs processes started by torchrun"),
         (["--parallel=fsdp"], "parallel: 'fsdp' needs processes started by torchrun"),
         (["--input_bin=x.bin"], "input_val_bin: expected validation shards besides --input_bin, got none"),

@@ -23,6 +23,7 @@ from .._runtime import (
 )
 
 REDUCTIONS = ("mean", "sum", "none")
+_FLOAT = torch.finfo(torch.float32)
 _COUNTS = (torch.int32, torch.int64, torch.float32, torch.float64)
 
 
@@ -49,8 +50,8 @@ def checked(
     ignore_index = check_int("ignore_index", ignore_index)
     if softcap is not None:
         softcap = check_number("softcap", softcap, "None or positive and finite")
-        if softcap <= 0:
-            raise ValueError(f"softcap must be None or positive and finite, got {softcap!r}")
+        if not _FLOAT.tiny <= softcap <= _FLOAT.max:  # the kernels divide by it in float32
+            raise ValueError(f"softcap must be None or positive and finite, in float32, got {softcap!r}")
     label_smoothing = check_number("label_smoothing", label_smoothing, "in [0, 1]")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
@@ -95,6 +96,8 @@ def _weights(name: str, value: Sequence[float] | Tensor, length: int, words: str
     dtype = compute_dtype(source.dtype)
     if isinstance(value, Tensor):
         check_like(name, check_tensor(name, value, 1), "the logits or hidden", source, dtype=False)
+        if value.dtype == torch.bool or value.is_complex():
+            raise TypeError(f"{name} must be a tensor of floating-point numbers or integers, got {value.dtype}")
         weights = check_constant(name, value).to(dtype)
     else:
         numbers = check_sequence(name, value, "a sequence of numbers or a tensor")

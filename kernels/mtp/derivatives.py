@@ -89,7 +89,9 @@ def no_derivative(name: str, public: str) -> Callable[..., NoReturn]:
 
 def _save(ctx: Any, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> None:
     o = Options(*options)
-    ctx.save_for_backward(*tensors, o.step_weights, o.context_weights, o.counts)
+    # Copies of a few numbers: a schedule may write the next ones into the caller's before the backward pass.
+    weights = o.step_weights.clone(), o.context_weights.clone()
+    ctx.save_for_backward(*tensors, *weights, None if o.counts is None else o.counts.clone())
     ctx.settings = (o.ignore_index, o.reduction, o.softcap, o.label_smoothing, o.z_loss)
     ctx.vocab_sizes = o.vocab_sizes
 

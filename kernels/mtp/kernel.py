@@ -49,7 +49,7 @@ def _part(layout_ptr, program, contexts, width, PART: tl.constexpr):
     else:
         parts = tl.load(layout_ptr + 2 * contexts + 1)
         part = program % parts
-        context = tl.load(layout_ptr + 2 * contexts + 2 + part)
+        context = tl.load(layout_ptr + 2 * contexts + 2 + part).to(tl.int64)
         return (program // parts).to(tl.int64), context, (part - tl.load(layout_ptr + contexts + 1 + context)) * PART
 
 
@@ -85,7 +85,7 @@ def rows_kernel(
     the gradient once more, from the cache, and once out.  A row and context without targets is not read.
     """
     slot = tl.program_id(0).to(tl.int64)
-    row, context = (tl.program_id(0) // contexts).to(tl.int64), tl.program_id(0) % contexts
+    row, context = (tl.program_id(0) // contexts).to(tl.int64), (tl.program_id(0) % contexts).to(tl.int64)
     segment_ptr, size = _segment(logits_ptr, layout_ptr, row, context, stride_n, width, ALIGN)
     targets_ptr += row * stride_tn + context * stride_tc
     y, valid, bad = read_targets(targets_ptr, stride_tk, steps, size, ignore_index, STEPS)
@@ -110,7 +110,7 @@ def rows_kernel(
             )  # fmt: skip
             tl.debug_barrier()  # all have read the logits of the targets
             write_gradient(
-                segment_ptr, segment_ptr, 0, size, state[0], scale, smoothing * total / size, softcap, inverse,
+                segment_ptr, segment_ptr, 0, size, state[0], 0.0, scale, smoothing * total / size, softcap, inverse,
                 GROUP, THREADS, VEC,
             )  # fmt: skip
             tl.debug_barrier()  # what the sweep wrote at the targets is overwritten
@@ -161,7 +161,7 @@ def combine_kernel(
     Grid: a program for each row and context.
     """
     slot = tl.program_id(0).to(tl.int64)
-    row, context = (tl.program_id(0) // contexts).to(tl.int64), tl.program_id(0) % contexts
+    row, context = (tl.program_id(0) // contexts).to(tl.int64), (tl.program_id(0) % contexts).to(tl.int64)
     segment_ptr, size = _segment(logits_ptr, layout_ptr, row, context, stride_n, width, 1)
     targets_ptr += row * stride_tn + context * stride_tc
     y, valid, bad = read_targets(targets_ptr, stride_tk, steps, size, ignore_index, STEPS)
@@ -187,18 +187,18 @@ def combine_kernel(
 
 @triton.jit
 def _softmax_from(z_y, valid, log_p, lse):
-    """(r, D) for p_v = 2^fma(z_v, log2 e, -r) / D, from what a forward pass kept.
+    """(r, s, D) for p_v = 2^fma(z_v - r, log2 e, s) / D, from what a forward pass kept.
 
     lse alone is known to a rounding of itself, which at large logits is much in p.  A target's logit less its log p
-    is lse too, and known to a rounding of the log p.  The best of both: the most likely target, or lse.
+    is lse too, and known to a rounding of the log p.  The best of both: the most likely target, or lse, which is at
+    least the largest logit.  So where all targets are unlikely by millions, p is as exact as float32 has lse.
     """
     likely = tl.max(tl.where(valid, log_p, float("-inf")))
     z = tl.max(tl.where(valid, z_y, float("-inf")))
-    by_target = tl.abs(likely) < tl.abs(lse)
-    z = tl.where(by_target, z, lse)
+    by_target = tl.abs(likely) < tl.minimum(tl.abs(lse), 1 << 22)  # a rounding of more would be all of p, or more
     less = tl.where(by_target, likely, 0.0)
-    reference = (z - less) * LOG2E
-    return reference, tl.exp2(tl.fma(-less, LOG2E, tl.fma(z, LOG2E, -reference)))
+    shift = less * LOG2E
+    return tl.where(by_target, z, lse), shift, tl.exp2(tl.fma(-less, LOG2E, shift))
 
 
 @triton.jit(do_not_specialize=_TARGETS + _OPTIONS)
@@ -226,10 +226,10 @@ def gradient_kernel(
         lse = tl.load(lse_ptr + slot)
         if softmax_ptr is None:
             u_y = tl.load(segment_ptr + y, mask=valid, other=0.0).to(tl.float32)
-            reference, everything = _softmax_from(capped(u_y, softcap, inverse), valid, log_p, lse)
+            reference, shift, everything = _softmax_from(capped(u_y, softcap, inverse), valid, log_p, lse)
         else:  # the other parts may have been overwritten
             u_y = tl.load(segment_ptr + y, mask=valid & (y >= start) & (y < end), other=0.0).to(tl.float32)
-            reference, everything = tl.load(softmax_ptr + slot * 2), tl.load(softmax_ptr + slot * 2 + 1)
+            reference, shift, everything = tl.load(softmax_ptr + slot * 2), 0.0, tl.load(softmax_ptr + slot * 2 + 1)
         weights_ptr += row * stride_wn + context * stride_wc
         total, equal, rest = weights_of(weights_ptr, stride_wk, y, valid, bad, STEPS)
         scale = tl.fma(2 * z_loss * lse, total, total) / everything
@@ -237,7 +237,7 @@ def gradient_kernel(
         if softmax_ptr is not None:
             tl.debug_barrier()  # all have read the logits of the targets
         write_gradient(
-            segment_ptr, grads_ptr, start, end, reference, scale, smoothing * total / size, softcap, inverse,
+            segment_ptr, grads_ptr, start, end, reference, shift, scale, smoothing * total / size, softcap, inverse,
             GROUP, THREADS, VEC,
         )  # fmt: skip
         tl.debug_barrier()  # what the sweep wrote at the targets is overwritten

@@ -18,6 +18,7 @@ from .kernel import combine_kernel, gradient_kernel, parts_kernel, rows_kernel
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_STEPS = 64  # the targets of a row are compared with each other
 _MAX_PROGRAMS = 2**31 - 1
+_MAX_WIDTH = 2**31 - 2**16  # a column plus a part is still an int32
 _LINE = 16  # bytes of one load
 
 _Columns = tuple[Tensor, Tensor, Tensor]
@@ -30,8 +31,8 @@ def unfit(name: str, *args: Any) -> str:
         return f"it takes float16, bfloat16 and float32, got {logits.dtype}"
     if targets.shape[2] > _MAX_STEPS:
         return f"it takes up to {_MAX_STEPS} targets a row and context, got {targets.shape[2]}"
-    if logits.shape[1] >= 2**31:
-        return f"it takes rows of fewer than 2^31 logits, got {logits.shape[1]}"
+    if logits.shape[1] > _MAX_WIDTH:
+        return f"it takes rows of up to {_MAX_WIDTH:,} logits, got {logits.shape[1]:,}"
     if logits.shape[0] * sum(-(-size // WIDTHS[0]) for size in vocab_sizes) > _MAX_PROGRAMS:
         return f"it takes fewer than 2^31 stretches of {WIDTHS[0]} logits, got {tuple(logits.shape)}"
     return ""
@@ -55,6 +56,10 @@ def mtp_rows_(
 ) -> _Columns:
     dense = _dense(logits)
     rows = _Rows(dense, targets, vocab_sizes, ignore_index, softcap)
+    if not _apart(logits):
+        raise ValueError(
+            f"mtp_rows_: logits must not overlap itself: it is written, got strides {list(logits.stride())}"
+        )
     columns = rows.overwrite(weights, label_smoothing, z_loss)
     if dense is not logits:
         logits.copy_(dense)
@@ -260,6 +265,14 @@ class _Rows:
 
 def _dense(logits: Tensor) -> Tensor:
     return logits if logits.ndim != 2 or logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
+
+
+def _apart(logits: Tensor) -> bool:
+    """Whether no two elements can share memory: one dimension steps over all of the other."""
+    (rows, columns), (row, column) = logits.shape, logits.stride()
+    if rows <= 1 or columns <= 1:
+        return (rows <= 1 or row != 0) and (columns <= 1 or column != 0)
+    return row > (columns - 1) * column > 0 or column > (rows - 1) * row > 0
 
 
 def _check(logits: Tensor, targets: Tensor, vocab_sizes: Sequence[int], softcap: float | None) -> None:

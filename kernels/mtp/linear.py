@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .._runtime import compute_dtype
 from . import config
-from .loss import entry_weights, part, reduced
-from .reference import Options, Results, check_targets
+from .loss import Entries, part
+from .reference import Options, Results
 from .rows import Columns
 
 Needs = tuple[bool, bool, bool]  # which of hidden, weight and bias want a gradient
@@ -28,16 +28,16 @@ def linear_mtp_cross_entropy(
 ) -> Results:
     """As `reference.linear_mtp_cross_entropy`."""
     o = Options(*options)  # type: ignore[arg-type]
-    check_targets(targets, o)
-    rows = _Rows.of(targets, o.ignore_index)
+    entries = Entries.of(targets, o, compute_dtype(hidden.dtype))
+    rows = _Rows.of(entries.valid, targets)
     h, t = rows.hidden(hidden), rows.pick(targets)
     head = _Head(h, weight, bias)
+    settings = o.vocab_sizes, o.ignore_index, o.softcap
     chunks: list[Columns] = [
-        part("mtp_rows")(head.logits(each), t[each], o.vocab_sizes, o.ignore_index, o.softcap, o.label_smoothing > 0)
-        for each in head.chunks()
+        part("mtp_rows")(head.logits(each), _taken(t, each), *settings, o.label_smoothing > 0) for each in head.chunks()
     ]
     columns = rows.columns(chunks, targets, hidden, o)
-    return (*reduced(columns, targets, o), columns[2], columns[0])
+    return (*entries.reduced(columns), columns[2], columns[0])
 
 
 def linear_mtp_cross_entropy_gradients(
@@ -46,10 +46,10 @@ def linear_mtp_cross_entropy_gradients(
     """(loss, per_step) and the gradients of that loss by hidden, weight and bias, empty where not needed."""
     *options, need_hidden, need_weight, need_bias = rest
     o = Options(*options)  # type: ignore[arg-type]
-    check_targets(targets, o)
+    entries = Entries.of(targets, o, compute_dtype(hidden.dtype))
     needs = bool(need_hidden), bool(need_weight), bool(need_bias)
-    columns, grads = _sweep(None, hidden, weight, bias, targets, o, needs)
-    return (*reduced(columns, targets, o), *grads)
+    columns, grads = _sweep(None, hidden, weight, bias, targets, entries, needs)
+    return (*entries.reduced(columns), *grads)
 
 
 def linear_mtp_cross_entropy_backward(
@@ -70,7 +70,8 @@ def linear_mtp_cross_entropy_backward(
     *options, need_hidden, need_weight, need_bias = rest
     o = Options(*options)  # type: ignore[arg-type]
     needs = bool(need_hidden), bool(need_weight), bool(need_bias)
-    return _sweep(grad_loss, hidden, weight, bias, targets, o, needs)[1]
+    entries = Entries.of(targets, o, compute_dtype(hidden.dtype))
+    return _sweep(grad_loss, hidden, weight, bias, targets, entries, needs)[1]
 
 
 def _sweep(
@@ -79,28 +80,30 @@ def _sweep(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    o: Options,
+    entries: Entries,
     needs: Needs,
 ) -> tuple[Columns, tuple[Tensor, Tensor, Tensor]]:
     """What the logits come down to, and the gradients: the logits of each chunk are made, read and written once."""
-    rows = _Rows.of(targets, o.ignore_index)
-    h, t, a = rows.hidden(hidden), rows.pick(targets), rows.pick(entry_weights(grad_loss, targets, o))
+    o, rows = entries.options, _Rows.of(entries.valid, targets)
+    h, t, a = rows.hidden(hidden), rows.pick(targets), rows.pick(entries.weighed(grad_loss))
     head = _Head(h, weight, bias)
     dtypes = hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
     grads = _Gradients(head, dtypes, needs)
+    settings = o.vocab_sizes, o.ignore_index, o.softcap
     chunks: list[Columns] = []
     for each in head.chunks():
         z = head.logits(each)
-        chunks.append(
-            part("mtp_rows_")(
-                z, t[each], a[each], o.vocab_sizes, o.ignore_index, o.softcap, o.label_smoothing, o.z_loss
-            )
-        )
+        chunks.append(part("mtp_rows_")(z, _taken(t, each), _taken(a, each), *settings, o.label_smoothing, o.z_loss))
         grads.add(each, z)
     grad_hidden, grad_weight, grad_bias = grads.done()
     if needs[0]:
         grad_hidden = rows.spread(grad_hidden, hidden.shape[0])
     return rows.columns(chunks, targets, hidden, o), (grad_hidden, grad_weight, grad_bias)
+
+
+def _taken(x: Tensor, rows: slice) -> Tensor:
+    """`x[rows]`, or `x` itself where that is all of it: a view costs as much as a small product."""
+    return x if rows.stop - rows.start == x.shape[0] else x[rows]
 
 
 @dataclass(frozen=True)
@@ -116,8 +119,10 @@ class _Rows:
     idle: Tensor | None  # [N, 1], on a GPU
 
     @classmethod
-    def of(cls, targets: Tensor, ignore_index: int) -> _Rows:
-        wanted = (targets != ignore_index).any(-1).any(-1)
+    def of(cls, valid: Tensor | None, targets: Tensor) -> _Rows:
+        if valid is None:
+            return cls(None, None)
+        wanted = valid.flatten(1).any(1)
         if targets.device.type != "cpu":
             return cls(None, ~wanted[:, None])
         return cls(None if bool(wanted.all()) else wanted.nonzero().squeeze(1), None)
@@ -138,7 +143,8 @@ class _Rows:
         if not chunks:
             zeros = hidden.new_zeros(targets.shape, dtype=compute_dtype(hidden.dtype))
             return zeros, zeros.sum(-1), zeros.sum(-1)
-        log_p, mean_log_p, lse = (torch.cat(column) for column in zip(*chunks, strict=True))
+        one = len(chunks) == 1
+        log_p, mean_log_p, lse = chunks[0] if one else (torch.cat(column) for column in zip(*chunks, strict=True))
         count = targets.shape[0]
         if o.label_smoothing:
             mean_log_p = self.spread(mean_log_p, count)
@@ -170,7 +176,8 @@ class _Head:
 
     def logits(self, rows: slice) -> Tensor:
         """The logits of some rows.  The next call overwrites them."""
-        h, out = self.hidden[rows], self.workspace[: rows.stop - rows.start]
+        h = _taken(self.hidden, rows)
+        out = _taken(self.workspace, slice(0, rows.stop - rows.start))
         if self.bias is None:
             return torch.mm(h, self.weight.T, out=out)
         return torch.addmm(self.bias, h, self.weight.T, out=out)
@@ -190,15 +197,15 @@ class _Gradients:
         self.hidden = new(head.hidden.shape if need_hidden else 0)
         self.weight = new(head.weight.shape if need_weight else 0, dtype=dtype)
         self.bias = new(head.weight.shape[0] if need_bias else 0, dtype=dtype)
-        widened = need_weight and dtype != head.hidden.dtype and head.hidden.device.type == "cpu"
+        widened = need_weight and dtype != head.hidden.dtype and head.hidden.device.type != "cuda"
         self.wide = new(head.workspace.shape, dtype=dtype) if widened else None
 
     def add(self, rows: slice, grad: Tensor) -> None:
         need_hidden, need_weight, need_bias = self.needs
         if need_hidden:
-            torch.mm(grad, self.head.weight, out=self.hidden[rows])
+            torch.mm(grad, self.head.weight, out=_taken(self.hidden, rows))
         if need_weight:
-            self._add_weight(grad, self.head.hidden[rows])
+            self._add_weight(grad, _taken(self.head.hidden, rows))
         if need_bias:
             if self.empty:
                 torch.sum(grad, 0, dtype=self.bias.dtype, out=self.bias)
@@ -209,13 +216,13 @@ class _Gradients:
     def _add_weight(self, grad: Tensor, hidden: Tensor) -> None:
         """The sum is not read where it is still empty, so it need not be zeroed."""
         total = self.weight
-        if self.wide is not None:  # no product on the CPU has a sum wider than its factors
+        if self.wide is not None:  # only on CUDA has a product a sum wider than its factors
             grad, hidden = self.wide[: grad.shape[0]].copy_(grad), hidden.to(total.dtype)
         if grad.dtype == total.dtype:
             torch.mm(grad.T, hidden, out=total) if self.empty else total.addmm_(grad.T, hidden)
         elif self.empty:
             torch.mm(grad.T, hidden, out_dtype=total.dtype, out=total)
-        elif _adds_wider_sums():
+        elif _adds_wider_sums(total.device):
             torch.addmm(total, grad.T, hidden, out_dtype=total.dtype, out=total)
         else:
             total += torch.mm(grad.T, hidden, out_dtype=total.dtype)
@@ -230,14 +237,15 @@ class _Gradients:
 
 
 @cache
-def _adds_wider_sums() -> bool:
-    """Whether PyTorch on a GPU adds a product of bfloat16 to a float32 sum: the first versions with `out_dtype` do not.
+def _adds_wider_sums(device: torch.device) -> bool:
+    """Whether PyTorch on this GPU adds a product of bfloat16 to a float32 sum.
 
-    They ask for a sum in bfloat16, so a product has to be a tensor of its own before it is added.
+    The first versions with `out_dtype` do not: they ask for a sum in bfloat16, so a product has to be a tensor of its
+    own before it is added.
     """
-    one = torch.ones((16, 16), dtype=torch.bfloat16, device="cuda")
-    total = torch.zeros((16, 16), device="cuda")
     try:
+        one = torch.ones((16, 16), dtype=torch.bfloat16, device=device)
+        total = torch.zeros((16, 16), device=device)
         torch.addmm(total, one, one, out_dtype=torch.float32, out=total)
     except RuntimeError:
         return False

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import _library
 from .._runtime import check_float, check_like, check_shape
-from . import derivatives, linear, loss, reference, rows
+from . import config, derivatives, linear, loss, reference, rows
 from .arguments import REDUCTIONS as REDUCTIONS
 from .arguments import checked, checked_sizes
 
@@ -54,6 +54,9 @@ def mtp_cross_entropy(
     batch where a call sees a part of it (gradient accumulation, data parallel): loss, `per_step` and gradients are then
     that part's share, and the shares add up to the whole.  A constant, on the device; 0 only where nothing is valid.
 
+    The same input gives the same bits, on the CPU with the same number of threads: what is made of one row is its own,
+    but PyTorch divides sums over the rows, and in the linear form matrix products, among the threads.
+
     Raises `ValueError` or `TypeError` naming the argument; a target outside its vocabulary names its row, context
     and step on the CPU, and makes the loss NaN on a GPU, where looking would stall the device.
     """
@@ -84,14 +87,16 @@ def linear_mtp_cross_entropy(
     """`mtp_cross_entropy` of `hidden @ weight.T + bias`, which never holds the logits.
 
     `hidden` [N, E], `weight` [V, E], `bias` [V] or None, of float dtypes that may differ: the products are taken in the
-    dtype of `hidden`, which inside autocast is autocast's where it was float32.  V = sum(vocab_sizes).  The gradient of
-    the weight is summed in float32 and rounded once, to the dtype of the weight; an input that needs no gradient costs
-    no product, and neither does, on the CPU, a row without a target.
+    dtype of `hidden`, which inside autocast is autocast's where it was float32 (but for float16 on the CPU, which has
+    no fast products of it).  V = sum(vocab_sizes).  The gradient of the weight is summed in float32; an input that
+    needs no gradient costs no product, and neither does, on the CPU, a row without a target.
 
-    Where a gradient will be asked for, it is computed with the loss, from the logits while they are there, and the
-    backward pass multiplies it by the number that arrives and hands it over: it can run once, where a second time is
-    an error.  With `reduction="none"`, which has no such number, and for float16, where a gradient of a mean underflows
-    before the loss scale arrives, the backward pass makes the logits again.
+    Where a gradient will be asked for, it is computed with the loss, from the logits while they are there, and rounded
+    to the dtype of its input; the backward pass multiplies it by the number that arrives, which rounds a second time
+    where that is not 1 (or a power of 2), and hands it over: it can run once, where a second time is an error.  With
+    `reduction="none"`, which has no such number, and where `hidden`, or a weight or bias that needs a gradient, is
+    float16, in which a gradient of a mean underflows before the loss scale arrives, the backward pass makes the logits
+    again, and nothing is rounded before that number is in it.
     """
     check_float("hidden", hidden, 2)
     check_like("weight", check_float("weight", weight, 2), "hidden", hidden, dtype=False)
@@ -105,7 +110,7 @@ def linear_mtp_cross_entropy(
     options = (step_weights, context_weights, ignore_index, reduction, softcap, label_smoothing, z_loss, counts)
     arguments = checked(hidden, targets, sizes, *options)
     needs = tuple(x is not None and x.requires_grad for x in (hidden, weight, bias))
-    if _at_once(hidden, reduction) and torch.is_grad_enabled() and any(needs):
+    if torch.is_grad_enabled() and any(needs) and _at_once(hidden, weight, bias, needs, reduction):
         value, per_step, *_ = _GRADIENTS(hidden, weight, bias, *arguments, *needs)
     else:
         value, per_step, _, _ = _LINEAR(hidden, weight, bias, *arguments)
@@ -115,14 +120,20 @@ def linear_mtp_cross_entropy(
 def _as_autocast(hidden: Tensor) -> Tensor:
     """What `F.linear` would make of a float32 input inside autocast."""
     device = hidden.device.type
-    if hidden.dtype == torch.float32 and torch.is_autocast_enabled(device):
-        return hidden.to(torch.get_autocast_dtype(device))
-    return hidden
+    if hidden.dtype != torch.float32 or not torch.amp.is_autocast_available(device):  # there is none on meta
+        return hidden
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+    # The CPU takes products of float16 in float32 anyway, for want of fast ones: rounding would be for nothing.
+    return hidden if (device, dtype) == ("cpu", torch.float16) else hidden.to(dtype)
 
 
-def _at_once(hidden: Tensor, reduction: str) -> bool:
-    """Whether loss and gradient may be computed together.  The reference has derivatives of every order instead."""
-    return reduction != "none" and hidden.dtype != torch.float16 and _library.chosen() != "reference"
+def _at_once(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, ...], reduction: str) -> bool:
+    """Whether loss and gradient may be computed together.  The reference has derivatives of every order instead.
+
+    The gradient of the logits has the dtype of `hidden`, whichever input needs one.
+    """
+    rounded = [x.dtype for x, needed in zip((weight, bias), needs[1:], strict=True) if x is not None and needed]
+    return reduction != "none" and torch.float16 not in (hidden.dtype, *rounded) and _library.chosen() != "reference"
 
 
 def _result(value: Tensor, per_step: Tensor, targets: Tensor) -> MTPLoss:
@@ -130,9 +141,26 @@ def _result(value: Tensor, per_step: Tensor, targets: Tensor) -> MTPLoss:
     return MTPLoss(value.squeeze(1) if squeeze else value, per_step.detach())
 
 
-def _unfit(*args: Any) -> str:
+class _Logits(NamedTuple):
+    """What there is to know of logits that are yet to be made."""
+
+    dtype: torch.dtype
+    shape: tuple[int, int]
+
+
+def _unfit(logits: Tensor | _Logits, targets: Tensor, vocab_sizes: Sequence[int], *rest: Any) -> str:
     """Why the row kernels in Triton do not take what an operator composed of them was given."""
-    return "float64 is computed by the reference alone" if args[0].dtype == torch.float64 else ""
+    if logits.dtype == torch.float64:
+        return "float64 is computed by the reference alone"
+    return _library.OPERATORS["mtp_rows"].launchers().unfit("mtp_rows", logits, targets, vocab_sizes)
+
+
+def _linear_unfit(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, vocab_sizes: Sequence[int], *rest: Any
+) -> str:
+    (rows, width), vocab = hidden.shape, weight.shape[0]
+    rows = min(rows, config.chunk_rows(rows, vocab, width, hidden.element_size(), hidden.device.type))
+    return _unfit(_Logits(hidden.dtype, (rows, vocab)), targets, vocab_sizes)
 
 
 _library.register(
@@ -168,7 +196,7 @@ _LINEAR = _library.register(
     reference=reference.linear_mtp_cross_entropy,
     fallback=linear.linear_mtp_cross_entropy,
     parts=("mtp_rows", "mtp_rows_"),
-    unfit=_unfit,
+    unfit=_linear_unfit,
     fake=derivatives.linear_fake,
     backward=derivatives.linear_backward,
     setup_context=derivatives.linear_setup_context,
@@ -185,7 +213,7 @@ _GRADIENTS = _library.register(
     reference=reference.linear_mtp_cross_entropy_gradients,
     fallback=linear.linear_mtp_cross_entropy_gradients,
     parts=("mtp_rows_",),
-    unfit=_unfit,
+    unfit=_linear_unfit,
     fake=derivatives.gradients_fake,
     backward=derivatives.gradients_backward,
     setup_context=derivatives.gradients_setup_context,

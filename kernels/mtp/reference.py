@@ -168,7 +168,7 @@ def _forward(
     )
     # A target outside the vocabulary was refused where the host can look at it.  Elsewhere it must show: NaN.
     log_p = torch.where(ignored, 0.0, torch.where(targets == inside, log_p, torch.nan))
-    entry = -log_p
+    entry = 0.0 - log_p  # an ignored one is 0, not the -0 of a change of sign
     if o.label_smoothing:
         entry = (1 - o.label_smoothing) * entry - o.label_smoothing * mean_log_p[:, :, None]
     if o.z_loss:
@@ -195,7 +195,11 @@ def _columns(z: Tensor, targets: Tensor, o: Options) -> tuple[Tensor, Tensor, Te
     # largest logit z - log p is the logsumexp without a second pass of exponentials.
     log_p = torch.log_softmax(z, dim=-1)
     # The z-loss differentiates it, which maxima are not fit for: they share a gradient between equals.
-    lse = torch.logsumexp(z, dim=-1) if o.z_loss else (z.amax(-1) - log_p.amax(-1)).detach()
+    if o.z_loss:
+        # A row of which log_softmax makes nothing has no logsumexp either, though it may be infinite.
+        lse = torch.logsumexp(z, dim=-1).masked_fill(log_p.detach().amax(-1).isnan(), torch.nan)
+    else:
+        lse = (z.amax(-1) - log_p.amax(-1)).detach()
     return log_p.gather(1, targets), log_p.mean(-1) if o.label_smoothing else lse, lse
 
 

@@ -7,7 +7,9 @@ context, p = softmax(z), a_k the weights of its valid targets y_k and S = sum_k 
     log_p_k = log p[y_k], 0 where ignored, NaN where bad      mean_log_p = mean_v log p_v      lse = logsumexp(z)
     dz_v = (1 + 2 z_loss lse) S p_v - (1 - eps) sum_k a_k [v = y_k] - eps S / V,   times 1 - (z_v / softcap)^2
 
-A bad target makes the gradient of its row and context NaN.  A row and context whose targets are all ignored is not
+A bad target makes the gradient of its row and context NaN.  A logit of -inf is a symbol that cannot be; a row with a
+NaN, with +inf, or without a logit above -inf gives NaN for all of its context, lse included, as F.log_softmax does (a
+soft cap makes finite logits of infinite ones first).  A row and context whose targets are all ignored is not
 looked at: its results are 0, whatever its logits.  Results are float32 (float64 for float64), the gradient is rounded
 once, to the dtype of the logits.
 
@@ -130,6 +132,7 @@ def _empty_columns(logits: Tensor, targets: Tensor, mean: bool) -> Columns:
 def _log_softmax(z: Tensor) -> tuple[Tensor, Tensor]:
     """log p [n, V] and lse [n, 1]."""
     top, where = z.max(-1, keepdim=True)
+    top = top.masked_fill_(top.isinf(), torch.nan)  # nothing can be made of such a row
     z = z - top
     log_sum = z.exp().scatter_(-1, where, 0.0).sum(-1, keepdim=True).log1p()
     return z - log_sum, top + log_sum

@@ -1,9 +1,10 @@
 """What the row kernels are made of: the logsumexp of a stretch of logits, the gradient, at the targets and elsewhere.
 
-Exponents are to the base 2, which is what the hardware has: with r = round(m log2 e) for the largest logit m,
-exp(z - m) is 2^fma(z, log2 e, -r), whose one rounding is small where the result is not; what r lacks of m log2 e is
-the same in all terms and drops out of every ratio.  Every sum of products is an explicit `fma`, so that the compiler
-has nothing left to contract in its own way in one kernel and not in another: a row keeps its bits, split or not.
+Exponentials are powers of 2, which is what the hardware has.  The largest logit m is taken off first: z - m has no
+rounding where z is close to m, and is never above 0, however large the logits or the fills that mask them.  In one
+fma(z, log2 e, -round(m log2 e)) the rounding of m log2 e would be left, which overflows 2^x from |m| = 1.5e9 on.  Every
+sum of products is an explicit `fma`, so that the compiler has nothing left to contract in its own way in one kernel and
+not in another: a row keeps its bits, split or not.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -13,7 +14,12 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3.0e38)  # the largest of no logits: finite, since -inf - -inf is NaN
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # the largest of no logits: finite, since -inf - -inf is NaN
+
+
+@triton.jit
+def exponential(x):
+    return tl.exp2(x * LOG2E)
 
 
 @triton.jit
@@ -42,7 +48,7 @@ def capped(u, softcap, inverse):
         return u
     else:
         t, _ = tanh_of(u, inverse)
-        return t * softcap
+        return tl.fma(t, softcap, 0.0)  # a product that no later sum can be fused with
 
 
 @triton.jit
@@ -75,14 +81,14 @@ def _load(ptr, first, end, columns, POLICY: tl.constexpr):
 
 @triton.jit
 def _gathered(state, u, live, softcap, inverse, MEAN: tl.constexpr):
-    """`state`, each thread's own (largest logit in base 2, sum of 2^(z - largest), sum of z), with one tile more."""
+    """`state`, each thread's own (largest logit, sum of exp(z - largest), sum of z), with one tile more."""
     largest, total, plain = state
     z = capped(u.to(tl.float32), softcap, inverse)
     if softcap is not None:
         z = tl.where(live, z, float("-inf"))
-    top = tl.maximum(largest, tl.max(tl.max(z, 2), 0) * LOG2E)
-    powers = tl.exp2(tl.fma(z, LOG2E, -top[None, :, None]))
-    total = tl.fma(total, tl.exp2(largest - top), tl.sum(tl.sum(powers, 2), 0))
+    top = tl.maximum(largest, tl.max(tl.max(z, 2), 0))
+    powers = exponential(z - top[None, :, None])
+    total = tl.fma(total, exponential(largest - top), tl.sum(tl.sum(powers, 2), 0))
     if MEAN:
         plain += tl.sum(tl.sum(tl.where(live, z, 0.0), 2), 0)
     return top, total, plain
@@ -93,7 +99,7 @@ def _without(
     segment_ptr, start, end, target, total, top, softcap, inverse,
     PART: tl.constexpr, THREADS: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """The sum of the powers without the column `target`, from `total`, the sums of the threads.
+    """The sum of the exponentials without the column `target`, from `total`, the sums of the threads.
 
     The term is in the sum of one thread, whose PART / THREADS columns are added up again.
     """
@@ -102,7 +108,7 @@ def _without(
     column = start + (index // VEC * THREADS + thread) * VEC + index % VEC
     other = (column < end) & (column != target)
     z = capped(tl.load(segment_ptr + column, mask=other, other=0.0).to(tl.float32), softcap, inverse)
-    again = tl.sum(tl.where(other, tl.exp2(tl.fma(z, LOG2E, -top)), 0.0))
+    again = tl.sum(tl.where(other, exponential(z - top), 0.0))
     return tl.sum(tl.where(tl.arange(0, THREADS) == thread, 0.0, total)) + again
 
 
@@ -114,8 +120,8 @@ def part_state(
 ):  # fmt: skip
     """(largest, total, others, plain) of the logits [start, start + PART) of one segment.
 
-    The largest logit in base 2; the sum of the powers 2^(z - largest); that sum without the target that is the largest
-    logit, if one is; the sum of the logits.  `others` is summed without that term, not by taking 1 away from total:
+    The largest logit; the sum of the exp(z - largest); that sum without the target that is the largest logit, if one
+    is; the sum of the logits.  `others` is summed without that term, not by taking 1 away from total:
     where p -> 1 it is all that is left.
     """
     TILE: tl.constexpr = GROUP * THREADS * VEC
@@ -131,10 +137,10 @@ def part_state(
         raw = following
     largest, total, plain = state
     top = tl.max(largest)
-    total *= tl.exp2(largest - top)
+    total *= exponential(largest - top)
     everything = tl.sum(total)
     others = everything
-    target = tl.max(tl.where(valid & (y >= start) & (y < end) & (z_y * LOG2E == top), y, -1))
+    target = tl.max(tl.where(valid & (y >= start) & (y < end) & (z_y == top), y, -1))
     if target >= 0:
         others = _without(segment_ptr, start, end, target, total, top, softcap, inverse, PART, THREADS, VEC)
     return top, everything, others, tl.sum(plain)
@@ -146,7 +152,7 @@ def joined(state, part):
     largest, total, others, plain = state
     part_largest, part_total, part_others, part_plain = part
     top = tl.maximum(largest, part_largest)
-    here, there = tl.exp2(largest - top), tl.exp2(part_largest - top)
+    here, there = exponential(largest - top), exponential(part_largest - top)
     later = part_largest > largest  # then the largest logit, and a target that is it, are in the part
     others = tl.fma(tl.where(later, total, others), here, tl.where(later, part_others, part_total) * there)
     return top, tl.fma(total, here, part_total * there), others, plain + part_plain
@@ -186,16 +192,18 @@ def _minus_expm1(x):
 
 @triton.jit
 def log_probabilities(state, valid, bad, z_y):
-    """log p of the targets [STEPS]: 0 where ignored, NaN where bad; and the logsumexp."""
+    """log p of the targets [STEPS]: 0 where ignored, NaN where bad; and the logsumexp.
+
+    A NaN, a logit of +inf, or none above -inf makes them NaN: the total is NaN, or 0 where it would be 1 and more.
+    """
     largest, total, others, _ = state
-    log_total = tl.log2(total)
-    above = tl.fma(z_y, LOG2E, -largest)
-    log_p = (above - log_total) * LN2
-    # The largest logit: everything but itself is `others`.  Two that share the first place leave more than this.
-    first = tl.where(z_y * LOG2E == largest, others, 1.0) < 0.9
-    log_p = tl.where(first, -_log1p(tl.minimum(others * tl.exp2(tl.minimum(-above, 1.0)), 1.0)), log_p)
+    log_total = tl.log2(tl.where(total > 0, total, float("nan")))
+    log_p = tl.fma(log_total, -LN2, z_y - largest)
+    # The largest logit: everything but itself is `others`.  Two that share the first place leave 1 and more.
+    first = tl.where(z_y == largest, others, 1.0) < 0.9
+    log_p = tl.where(first, -_log1p(tl.minimum(others, 1.0)), log_p)
     log_p = tl.where(valid, log_p, tl.where(bad, float("nan"), 0.0))
-    return log_p, (largest + log_total) * LN2
+    return log_p, tl.fma(log_total, LN2, largest)
 
 
 @triton.jit
@@ -210,29 +218,31 @@ def weights_of(weights_ptr, stride_k, y, valid, bad, STEPS: tl.constexpr):
 
 @triton.jit
 def write_gradient(
-    segment_ptr, grad_ptr, start, end, reference, scale, smooth, softcap, inverse,
+    segment_ptr, grad_ptr, start, end, reference, shift, scale, smooth, softcap, inverse,
     GROUP: tl.constexpr, THREADS: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """scale 2^(z - reference) - smooth, for the raw logits, at the columns [start, end) of one segment."""
+    """scale 2^fma(z - reference, log2 e, shift) - smooth, for the raw logits, at columns [start, end) of a segment."""
     TILE: tl.constexpr = GROUP * THREADS * VEC
     columns = tile_columns(GROUP, THREADS, VEC)
     own, common = columns
     raw = _load(segment_ptr, start, end, columns, "evict_first")
     for first in range(start, end, TILE):
         following = _load(segment_ptr, first + TILE, end, columns, "evict_first")  # under way meanwhile
-        grad = _gradient(raw.to(tl.float32), reference, scale, smooth, softcap, inverse).to(grad_ptr.dtype.element_ty)
+        grad = _gradient(raw.to(tl.float32), reference, shift, scale, smooth, softcap, inverse)
         live = own + common < end - first
+        grad = grad.to(grad_ptr.dtype.element_ty)
         tl.store(grad_ptr + first + own + common, grad, mask=live, eviction_policy="evict_first")
         raw = following
 
 
 @triton.jit
-def _gradient(u, reference, scale, smooth, softcap, inverse):
+def _gradient(u, reference, shift, scale, smooth, softcap, inverse):
     if softcap is None:
-        return tl.fma(tl.exp2(tl.fma(u, LOG2E, -reference)), scale, -smooth)
+        return tl.fma(tl.exp2(tl.fma(u - reference, LOG2E, shift)), scale, -smooth)
     else:
         t, slope = tanh_of(u, inverse)
-        return tl.fma(tl.exp2(tl.fma(t * softcap, LOG2E, -reference)), scale, -smooth) * slope
+        z = tl.fma(t, softcap, 0.0)
+        return tl.fma(tl.exp2(tl.fma(z - reference, LOG2E, shift)), scale, -smooth) * slope
 
 
 @triton.jit

@@ -12,12 +12,14 @@ its own slice, so that together they read what one process with that batch would
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megactx.data.bundle import SPLITS, Bundle, Split
+from megactx.data.shard_file import ShardedTokens
 from megactx.errors import MegactxError
 
 
@@ -64,10 +66,8 @@ class WindowLoader:
         self._global_size = batch_size * world_size
         self._delimiters = tuple(delimiters)
         self._stream = SPLITS.index(split)
-        # Views of every possible window; indexing one with the starts copies whole rows, without a Python loop.
-        self._windows = [
-            np.lib.stride_tricks.sliding_window_view(np.asarray(ids), block_size + steps) for ids in bundle.split(split)
-        ]
+        self._contexts = bundle.contexts
+        self._parts = [_windows_of(ids, block_size + steps) for ids in bundle.split(split)]
 
     def starts(self, index: int) -> np.ndarray:
         """First positions of this process's windows of batch `index`, int64 [batch_size] in
@@ -84,16 +84,32 @@ class WindowLoader:
     def batch(self, index: int) -> tuple[Tensor, Tensor]:
         """Inputs int64 [B, T, C] and targets of batch `index`, contexts in bundle order. Targets are [B, T, C], one
         token ahead, where `steps` is 1; else [B, T, C, steps], entry k - 1 being k tokens ahead, or -1."""
-        rows = np.empty((self.batch_size, self.block_size + self.steps, len(self._windows)), np.int64)
+        rows = np.empty((self.batch_size, self.block_size + self.steps, len(self._parts)), np.int64)
         starts = self.starts(index)
-        for c, windows in enumerate(self._windows):
-            rows[:, :, c] = windows[starts]
+        for c, part in enumerate(self._parts):
+            if isinstance(part, ShardedTokens):
+                for row, start in zip(rows, starts.tolist(), strict=True):
+                    row[:, c] = part[start : start + len(row)]
+                self._refuse_unknown(part, rows[:, :, c], starts, c)
+            else:
+                rows[:, :, c] = part[starts]
         x = np.ascontiguousarray(rows[:, : self.block_size])
         if self.steps == 1:
             return torch.from_numpy(x), torch.from_numpy(np.ascontiguousarray(rows[:, 1:]))
         y = np.lib.stride_tricks.sliding_window_view(rows[:, 1:], self.steps, axis=1).copy()
         self._mask_next_documents(rows[:, :, 0], y)
         return torch.from_numpy(x), torch.from_numpy(y)
+
+    def _refuse_unknown(self, part: ShardedTokens, ids: np.ndarray, starts: np.ndarray, c: int) -> None:
+        """An id outside the vocabulary would be read out of bounds on a GPU, and no header tells of it."""
+        context = self._contexts[c]
+        largest, size = int(ids.max()), context.vocab_size
+        if largest >= size:
+            row, column = np.unravel_index(int(ids.argmax()), ids.shape)
+            raise MegactxError(
+                f"shard {part.shard_at(int(starts[row] + column)).path} holds id {largest}, outside the vocabulary of "
+                f"{size} (context {context.name!r})"
+            )
 
     def _mask_next_documents(self, ids: np.ndarray, y: np.ndarray) -> None:
         """-1 for target k of a position p that has a delimiter strictly between p and p + k."""
@@ -106,3 +122,9 @@ class WindowLoader:
         for k in range(1, self.steps):
             hidden |= ends[:, k : k + self.block_size]
             y[..., k][hidden] = -1
+
+
+def _windows_of(ids: Any, size: int) -> Any:
+    """Views of every possible window: indexing them with the starts copies whole rows, without a Python loop. Shards
+    stay what they are. They are no array, and as one would fill the memory with the whole corpus."""
+    return ids if isinstance(ids, ShardedTokens) else np.lib.stride_tricks.sliding_window_view(np.asarray(ids), size)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import stat
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -79,6 +80,8 @@ def read_shard(path: str | Path) -> Shard:
     """The shard at `path`, its header checked against the size of the file."""
     path = Path(path)
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for whoever writes to it
+            raise MegactxError(f"shard {path} is no regular file")
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             header = np.frombuffer(file.read(HEADER_BYTES), np.uint8)
@@ -161,13 +164,14 @@ def find_shards(source: Paths) -> list[Path]:
     if not found:
         raise MegactxError("no shards were given")
     found.sort()
-    seen: set[Path] = set()
+    seen: set[str] = set()
     for path in found:
         if path.is_dir():
             raise MegactxError(f"shard {path} is a folder: name its files, as '{path / '*.bin'}'")
-        if path.resolve() in seen:
+        real = os.path.realpath(path)  # not Path.resolve, which fails where links go round in a circle
+        if real in seen:
             raise MegactxError(f"shard {path} is listed twice")
-        seen.add(path.resolve())
+        seen.add(real)
     return found
 
 

@@ -79,6 +79,7 @@ class ShardSet(Bundle):
             "source": source,
             "tokens": info.tokens,
             "delimiter": delimiter,
+            "skipped": list(skipped),  # for a checkpoint, which is continued with the same shards alone
             "contexts": [info.to_json()],
         }
         arrays = {split: [cast(Array, stream)] for split, stream in zip(SPLITS, streams, strict=True)}

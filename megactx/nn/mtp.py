@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megactx.kernels import MTPLoss, linear_mtp_cross_entropy, mtp_cross_entropy
 from megactx.kernels._runtime import check_bool, check_float, check_sequence, check_tensor
+from megactx.kernels.mtp.arguments import checked, checked_sizes
 from megactx.nn.rotary import check_count
 
 Weights = Sequence[float] | Tensor
@@ -29,6 +30,7 @@ class _MTPLoss(nn.Module):
 
     def __init__(
         self,
+        weight: None = None,
         *,
         vocab_sizes: Sequence[int] | None = None,
         step_weights: Weights = (1.0,),
@@ -40,6 +42,8 @@ class _MTPLoss(nn.Module):
         z_loss: float = 0.0,
     ) -> None:
         super().__init__()
+        if weight is not None:  # where PyTorch's losses have weights of classes
+            raise TypeError(f"weight must be None: classes have no weights here, got {type(weight).__name__}")
         sizes = None
         if vocab_sizes is not None:
             listed = check_sequence("vocab_sizes", vocab_sizes, "a sequence of integers")
@@ -53,15 +57,19 @@ class _MTPLoss(nn.Module):
             "softcap": softcap,
             "z_loss": z_loss,
         }
+        self._left: dict[str, Tensor] = {}  # the weights that a move to the meta device took the numbers of
         self._set_weights("step_weights", step_weights)
         self._set_weights("context_weights", context_weights)
-        # A call on no rows refuses here what the operator would refuse at the first batch.
+        # What the operator would refuse at the first batch is refused here, with nothing run: the tensors may be of
+        # any kind, and have no values yet.
         width = 1 if sizes is None else sum(sizes)
         tensors = [weights for weights in (step_weights, context_weights) if isinstance(weights, Tensor)]
         device = tensors[0].device if tensors else torch.device("cpu")
         shape = (0, self.contexts, len(self.step_weights))
         nothing = torch.empty(0, width, device=device), torch.empty(shape, dtype=torch.int64, device=device)
-        mtp_cross_entropy(*nothing, **self._options(None))
+        options = self._options(None)
+        listed = checked_sizes(options.pop("vocab_sizes"), width, "their own sum")
+        checked(*nothing, listed, **options, counts=None)
 
     def _set_weights(self, name: str, value: Weights | None) -> None:
         """Numbers stay numbers; a tensor is a buffer, to be written into where it lies, in no state dict."""
@@ -72,13 +80,25 @@ class _MTPLoss(nn.Module):
             setattr(self, name, None if value is None else tuple(check_sequence(name, value, words)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Weights keep their type: those of a module made bfloat16 are still the ones that were asked for."""
+        """Weights keep their type and their numbers: through bfloat16, the meta device and `to_empty`.
+
+        A tensor that does not leave its device stays the tensor it was, for whoever writes into it.
+        """
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, value in before.items():
             after = self._buffers[name]
-            if value is not None and after is not None and not value.is_meta and after.dtype != value.dtype:
+            if value is None or after is None or after is value:
+                continue
+            if not value.is_meta:
                 self._buffers[name] = value.to(after.device)
+                if after.is_meta:
+                    self._left[name] = value
+            elif not after.is_meta:
+                known = self._left.pop(name, None)
+                # Made on the meta device they never had numbers: a loss of NaN says so, what lay in memory would not.
+                nothing = torch.full_like(after, math.nan, dtype=value.dtype)
+                self._buffers[name] = nothing if known is None else known.to(after.device)
         return self
 
     def _options(self, step_weights: Weights | None) -> dict[str, Any]:
@@ -127,14 +147,16 @@ class MTPCrossEntropyLoss(_MTPLoss):
     loss = sum_c cw_c sum_k sw_k mean over valid n of CE(n, c, k), with `step_weights` sw `[K]` and `context_weights` cw
     `[C]` (default 1 / C). Seed weights of multi-token prediction are `(1, w / (K - 1), ...)`. Weights are numbers, or
     tensors on the device: those may be changed in place, by a schedule, with no recompilation and no synchronisation.
+    A tensor made on the meta device has no numbers to keep: after `to_empty` it is NaN until they are written.
 
     `vocab_sizes`: the C vocabularies in the last dimension of the input; None is one. `reduction`: "mean", "sum", or
     "none" for the shape of the target, ignored entries 0. `label_smoothing` as PyTorch's; `softcap=c` turns logits a
     into c tanh(a / c); `z_loss` adds z_loss * logsumexp^2 to each entry.
 
     What PyTorch's loss does otherwise: its classes are dimension 1 of an input of more than two dimensions, here they
-    are the last; its mean over no target is NaN, here it is 0; it takes probabilities for targets and weights of
-    classes. Shared logits answer all K targets with one distribution: there is none of step k alone to draft from.
+    are the last; its mean over no target is NaN, here it is 0; it takes probabilities for targets, and weights of
+    classes where `weight` here is None. Shared logits answer all K targets with one distribution: there is none of step
+    k alone to draft from.
     """
 
     def forward(
@@ -168,7 +190,15 @@ class LinearMTPCrossEntropyLoss(_MTPLoss):
 
     Rows go through in chunks and the workspace does not grow with their number. Under autocast the products run in its
     type; the gradient of the weight is summed in float32 whatever the type. The gradients are made with the loss, and
-    a backward pass uses them up: one for each call.
+    the backward pass uses them up: it can run once for each call, and a second one (`retain_graph`) is an error. Not
+    so with `reduction="none"`, for a float16 input, and in a compiled graph: there they are made in the backward pass,
+    or kept.
+
+    What `torch.nn.LinearCrossEntropyLoss` does otherwise: its state dict says `linear.weight` where this says `weight`
+    (`ours.load_state_dict(theirs.linear.state_dict())`); its `weight=` are weights of classes, which here is None; it
+    takes probabilities for targets; with `out_features` it has logits of their own for each of several outputs, here
+    the vocabularies lie side by side (`vocab_sizes`), and K targets share one; and it goes in chunks where `options`
+    say so, here that is no option. Its input is `[N, in_features]`, here there may be any number of leading dimensions.
     """
 
     weight: nn.Parameter | None
