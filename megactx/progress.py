@@ -123,7 +123,7 @@ class Progress:
         self.console.print(table)
         ahead = ahead_losses(row, "val_")
         if ahead:
-            losses = ", ".join(f"{loss_text(value)} {k} tokens" for k, value in ahead.items())
+            losses = " ".join(f"+{k} {loss_text(value)}" for k, value in ahead.items())
             self.note(
                 f"val ahead: {losses} | with the next token's, at weight {row['mtp_weight']:.3g}: "
                 f"{loss_text(row['val_mtp_loss'])}"
